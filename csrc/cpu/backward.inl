@@ -1,0 +1,247 @@
+/* The FlashAttention backward for a share of one key head's keys (Dao et al. 2022, Algorithm 4):
+ * P is rebuilt a tile at a time from Q, K and lse.
+ *
+ *     dV = P'^T dO               P' = dropout(P)
+ *     dP' = dO V^T               dP = dropout(dP')
+ *     dS = P * (dP - delta)      delta = rowsum(dO * O)
+ *     dQ = scale * dS K,  dK = scale * dS^T Q
+ *
+ * A key tile stays while all queries of its group pass by, so that dK and dV are finished when it
+ * is left; dQ is added up in a buffer that the task has for itself. */
+
+struct T(backward_scratch) {
+    operand *Qt, *dOt;     /* [D / DEPTH][ld], [Dv / DEPTH][ld] */
+    real *S, *dP;          /* [block_n][ld]; they become P' and dS */
+    real *edit;            /* [block_n][ld], a mask, then dropout */
+    operand *pairs;        /* P' or dS, where operands are not reals */
+    operand *Ka, *Va;      /* [block_n][operand_ld], where not in place; A of K Q^T and V dO^T */
+    operand *Kb, *Qb, *dOb; /* panels, where not in place; B of dQ, dK and dV */
+    real *dK, *dV;         /* [block_n][ld_dk], [block_n][ld_dv] */
+    real *lse_log2e;       /* [block_m] */
+    real *delta;           /* [block_m] */
+    int64_t ld_dk, ld_dv;
+};
+
+static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const struct fa_params *p,
+                                       void *memory) {
+    uintptr_t cursor = (uintptr_t)memory;
+    const int64_t n = fa_round_up(fa_min(FA_BLOCK_N_BACKWARD, p->seq_k), 2);
+    const int64_t ld = fa_round_up(fa_min(FA_BLOCK_M, p->seq_q), LANES);
+    const int64_t d = p->head_dim, dv = p->head_dim_v;
+    s->ld_dk = fa_round_up(d, LANES);
+    s->ld_dv = fa_round_up(dv, LANES);
+#define TAKE(TYPE, COUNT) fa_take(&cursor, (size_t)(COUNT) * sizeof(TYPE))
+    s->Qt = TAKE(operand, fa_div_up(d, DEPTH) * ld);
+    s->dOt = TAKE(operand, fa_div_up(dv, DEPTH) * ld);
+    s->S = TAKE(real, n * ld);
+    s->dP = TAKE(real, n * ld);
+    s->edit = TAKE(real, p->mask.data || p->dropout_p > 0 ? n * ld : 0);
+    s->pairs = TAKE(operand, DEPTH > 1 ? n * ld / DEPTH : 0);
+    s->Ka = TAKE(operand, n * T(operand_ld)(d));
+    s->Va = TAKE(operand, n * T(operand_ld)(dv));
+    s->Kb = TAKE(operand, n / DEPTH * T(panel_ld)(d));
+    s->Qb = TAKE(operand, ld / DEPTH * T(panel_ld)(d));
+    s->dOb = TAKE(operand, ld / DEPTH * T(panel_ld)(dv));
+    s->dK = TAKE(real, n * s->ld_dk);
+    s->dV = TAKE(real, n * s->ld_dv);
+    s->lse_log2e = TAKE(real, ld);
+    s->delta = TAKE(real, ld);
+#undef TAKE
+    return (size_t)(cursor - (uintptr_t)memory);
+}
+
+static size_t T(backward_scratch_bytes)(const struct fa_params *p) {
+    struct T(backward_scratch) s;
+    return T(take_backward_scratch)(&s, p, NULL);
+}
+
+static size_t T(backward_dq_bytes)(const struct fa_params *p) {
+    const int64_t rows = fa_heads_per_group(p) * p->seq_q;
+    return (size_t)fa_round_up(rows * fa_round_up(p->head_dim, LANES) * (int64_t)sizeof(real), 64);
+}
+
+/* lse and delta of each query. Lanes past the last query and rows that attend to nothing get an
+ * infinite lse, which makes their P and dS zero. */
+static void T(load_row_statistics)(const struct T(backward_scratch) * s, const struct fa_params *p,
+                                   int64_t batch, const struct T(queries) * queries) {
+    for (int r = 0; r < queries->ld; r++) {
+        s->lse_log2e[r] = (real)INFINITY;
+        s->delta[r] = 0;
+        if (r >= queries->count)
+            continue;
+        const int64_t h = queries->head[r], i = queries->row[r];
+        const real lse = ((const real *)p->lse)[(batch * p->heads_q + h) * p->seq_q + i];
+        if (lse == (real)-INFINITY)
+            continue;
+        s->lse_log2e[r] = lse * (real)FA_LOG2E;
+        const elem *O = T(at)(&p->out, batch, h, i), *dO = T(at)(&p->dout, batch, h, i);
+        vec sum = V(set1)(0);
+        int64_t d = 0;
+        for (; d + LANES <= p->head_dim_v; d += LANES)
+            sum = V(fma)(E(load)(O + d), E(load)(dO + d), sum);
+        const int left = (int)(p->head_dim_v - d);
+        if (left)
+            sum = V(fma)(E(load_n)(O + d, left), E(load_n)(dO + d, left), sum);
+        s->delta[r] = V(sum)(sum);
+    }
+}
+
+/* S becomes P = 2^(S * scale_log2e - lse) and dP becomes dS; with dropout, S becomes P'. */
+static void T(probabilities_and_dS)(real *S, real *dP, int keys, int ld, real scale_log2e,
+                                    const real *lse_log2e, const real *delta, const real *keep) {
+    const vec c = V(set1)(scale_log2e);
+    for (int j = 0; j < keys; j++) {
+        for (int r = 0; r < ld; r += LANES) {
+            const int64_t x = (int64_t)j * ld + r;
+            const vec negative_lse = V(set1)(0) - V(load)(lse_log2e + r);
+            const vec P = exp2_vec(V(fma)(V(load)(S + x), c, negative_lse));
+            vec dPx = V(load)(dP + x);
+            if (keep) {
+                const vec kept = V(load)(keep + x);
+                dPx = dPx * kept;
+                V(store)(S + x, P * kept);
+            } else {
+                V(store)(S + x, P);
+            }
+            V(store)(dP + x, P * (dPx - V(load)(delta + r)));
+        }
+    }
+}
+
+/* rows [0, count) of dst = scale * src. */
+static void T(store_gradient)(const struct fa_tensor *dst, int64_t b, int64_t h, int64_t i,
+                              int64_t count, int64_t cols, const real *src, int64_t ld, real scale) {
+    const vec f = V(set1)(scale);
+    for (int64_t r = 0; r < count; r++) {
+        elem *row = T(at)(dst, b, h, i + r);
+        for (int64_t d = 0; d < cols; d += LANES) {
+            const vec x = V(load)(src + r * ld + d) * f;
+            if (cols - d < LANES)
+                E(store_n)(row + d, x, (int)(cols - d));
+            else
+                E(store)(row + d, x);
+        }
+    }
+}
+
+/* A tile of keys as gemm operands: K and V as A of K Q^T and V dO^T, K as B of dS K. */
+struct T(key_tile) {
+    int64_t key, keys;
+    const operand *Ka, *Va, *Kb;
+    int64_t ld_ka, ld_va, ld_kb;
+    int64_t cols_kb;
+};
+
+/* One tile of queries, all of one head, against the keys [skip, skip + keys) of a key tile. */
+static void T(backward_tile)(const struct T(backward_scratch) * s, const struct fa_params *p,
+                             int64_t batch, const struct T(queries) * queries,
+                             const struct T(key_tile) * tile, int64_t skip, int keys, real *dQ) {
+    const int ld = queries->ld;
+    const int64_t h = queries->head[0], i = queries->row[0], key = tile->key + skip;
+    T(transpose_operand)(s->Qt, &p->q, batch, queries, p->head_dim);
+    T(transpose_operand)(s->dOt, &p->dout, batch, queries, p->head_dim_v);
+    T(load_row_statistics)(s, p, batch, queries);
+
+    gemm(s->S, ld, tile->Ka + skip * tile->ld_ka, tile->ld_ka, 1, s->Qt, ld, keys, ld,
+         fa_div_up(p->head_dim, DEPTH), 0);
+    gemm(s->dP, ld, tile->Va + skip * tile->ld_va, tile->ld_va, 1, s->dOt, ld, keys, ld,
+         fa_div_up(p->head_dim_v, DEPTH), 0);
+
+    real scale_log2e = (real)(p->scale * FA_LOG2E);
+    if (p->mask.data || T(window_cuts)(p, queries, key, keys)) {
+        if (p->mask.data)
+            T(load_mask)(s->edit, p, batch, queries, key, keys);
+        T(edit_scores)(s->S, p, queries, key, keys, scale_log2e, p->mask.data ? s->edit : NULL);
+        scale_log2e = 1;
+    }
+    if (p->dropout_p > 0)
+        T(draw_dropout)(s->edit, p, batch, queries, key, keys);
+    T(probabilities_and_dS)(s->S, s->dP, keys, ld, scale_log2e, s->lse_log2e, s->delta,
+                            p->dropout_p > 0 ? s->edit : NULL);
+    const real *P = s->S, *dS = s->dP;
+
+    if (p->dmask.data)
+        T(add_mask_gradient)(p, batch, queries, key, keys, dS);
+    if (p->dv.data) {
+        int64_t ldb, cols = p->head_dim_v;
+        const operand *dO = T(panel_operand)(T(at)(&p->dout, batch, h, i), p->dout.stride_row,
+                                             queries->count, &cols, s->dOb, &ldb);
+        gemm(s->dV + skip * s->ld_dv, s->ld_dv, T(sum_over_queries)(P, keys, ld, s->pairs),
+             ld / DEPTH, 1, dO, ldb, keys, cols, fa_div_up(queries->count, DEPTH), 1);
+    }
+    if (p->dk.data) {
+        int64_t ldb, cols = p->head_dim;
+        const operand *Q = T(panel_operand)(T(at)(&p->q, batch, h, i), p->q.stride_row,
+                                            queries->count, &cols, s->Qb, &ldb);
+        gemm(s->dK + skip * s->ld_dk, s->ld_dk, T(sum_over_queries)(dS, keys, ld, s->pairs),
+             ld / DEPTH, 1, Q, ldb, keys, cols, fa_div_up(queries->count, DEPTH), 1);
+    }
+    if (dQ)
+        gemm(dQ, s->ld_dk, T(sum_over_keys)(dS, keys, ld, s->pairs), 1, ld,
+             tile->Kb + skip / DEPTH * tile->ld_kb, tile->ld_kb, queries->count, tile->cols_kb,
+             fa_div_up(keys, DEPTH), 1);
+}
+
+static void T(backward_keys)(const struct fa_params *p, const struct fa_key_share *share,
+                             void *scratch) {
+    struct T(backward_scratch) s;
+    T(take_backward_scratch)(&s, p, scratch);
+    const int64_t b = share->batch, hk = share->head_k, group = fa_heads_per_group(p);
+    if (share->dq)
+        memset(share->dq, 0, T(backward_dq_bytes)(p));
+
+    for (int64_t first = share->first_tile * FA_BLOCK_N_BACKWARD; first < p->seq_k;
+         first += share->step * FA_BLOCK_N_BACKWARD) {
+        struct T(key_tile) tile = {.key = first,
+                                   .keys = fa_min(FA_BLOCK_N_BACKWARD, p->seq_k - first),
+                                   .cols_kb = p->head_dim};
+        const elem *K = T(at)(&p->k, b, hk, first), *V = T(at)(&p->v, b, hk, first);
+        tile.Ka = T(rows_operand)(K, p->k.stride_row, tile.keys, p->head_dim, s.Ka, &tile.ld_ka);
+        tile.Va = T(rows_operand)(V, p->v.stride_row, tile.keys, p->head_dim_v, s.Va, &tile.ld_va);
+        tile.Kb =
+            T(panel_operand)(K, p->k.stride_row, tile.keys, &tile.cols_kb, s.Kb, &tile.ld_kb);
+        memset(s.dK, 0, (size_t)(tile.keys * s.ld_dk) * sizeof(real));
+        memset(s.dV, 0, (size_t)(tile.keys * s.ld_dv) * sizeof(real));
+
+        for (int64_t g = 0; g < group; g++) {
+            for (int64_t i = 0; i < p->seq_q; i += FA_BLOCK_M) {
+                struct T(queries) queries;
+                T(find_queries)(&queries, p, hk, g * p->seq_q + i,
+                                (int)fa_min(FA_BLOCK_M, p->seq_q - i));
+                /* The keys of the tile that some query sees, from an even one on: operands can be
+                 * pairs of keys. */
+                const int64_t last = i + queries.count - 1;
+                const int64_t skip = fa_max(fa_key_begin(p, i) - first, 0) / 2 * 2;
+                const int64_t end = fa_min(fa_key_end(p, last) - first, tile.keys);
+                if (skip >= end)
+                    continue;
+                real *dQ = share->dq;
+                T(backward_tile)(&s, p, b, &queries, &tile, skip, (int)(end - skip),
+                                 dQ ? dQ + (g * p->seq_q + i) * s.ld_dk : NULL);
+            }
+        }
+        if (p->dk.data)
+            T(store_gradient)(&p->dk, b, hk, first, tile.keys, p->head_dim, s.dK, s.ld_dk,
+                              (real)p->scale);
+        if (p->dv.data)
+            T(store_gradient)(&p->dv, b, hk, first, tile.keys, p->head_dim_v, s.dV, s.ld_dv, 1);
+    }
+}
+
+static void T(backward_store_dq)(const struct fa_params *p, int64_t batch, int64_t head_k,
+                                 int64_t begin, int64_t end, void *buffers, int count) {
+    const int64_t ld = fa_round_up(p->head_dim, LANES), group = fa_heads_per_group(p);
+    const int64_t size = (int64_t)(T(backward_dq_bytes)(p) / sizeof(real));
+    real *sum = buffers;
+    for (int n = 1; n < count; n++) {
+        const real *part = sum + n * size;
+        for (int64_t x = begin * ld; x < end * ld; x += LANES)
+            V(store)(sum + x, V(load)(sum + x) + V(load)(part + x));
+    }
+    for (int64_t row = begin; row < end;) { /* a head at a time */
+        const int64_t i = row % p->seq_q, rows = fa_min(p->seq_q - i, end - row);
+        T(store_gradient)(&p->dq, batch, head_k * group + row / p->seq_q, i, rows, p->head_dim,
+                          sum + row * ld, ld, (real)p->scale);
+        row += rows;
+    }
+}

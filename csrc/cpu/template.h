@@ -1,0 +1,67 @@
+/* The .inl files are written once and included for every dtype of every instruction set. Before it
+ * includes one, an ISA file defines
+ *
+ *     ELEM     what tensors hold:               f32, f64, bf16, f16
+ *     REAL     what is computed in ("acc"):     f32, f64
+ *     OPERAND  what gemm multiplies:            f32, f64, or bf16x2, pairs along the sum
+ *
+ * and the names below, expanded where they are used, follow. Primitives are the ISA header's:
+ * V(load) is f32_load, OP(dot) f32_dot or bf16x2_dot, E(store) bf16_store. */
+#ifndef FA_CPU_TEMPLATE_H
+#define FA_CPU_TEMPLATE_H
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "../dropout.h"
+#include "kernels.h"
+
+#define FA_PASTE(a, b) a##_##b
+#define FA_JOIN(a, b) FA_PASTE(a, b)
+
+#define elem FA_JOIN(ELEM, elem)
+#define real FA_JOIN(REAL, real)
+#define vec FA_JOIN(REAL, vec)
+#define operand FA_JOIN(OPERAND, operand)
+#define operand_vec FA_JOIN(OPERAND, operand_vec)
+#define LANES FA_JOIN(REAL, LANES)    /* reals in a vector */
+#define DEPTH FA_JOIN(OPERAND, DEPTH) /* elements in an operand */
+#define V(name) FA_JOIN(REAL, name)
+#define E(name) FA_JOIN(ELEM, name)
+#define OP(name) FA_JOIN(OPERAND, name)
+
+/* Functions that exist once for every ELEM or OPERAND. */
+#define gemm FA_JOIN(gemm, OPERAND)
+#define gemm_block FA_JOIN(gemm_block, OPERAND)
+#define exp2_vec FA_JOIN(exp2_vec, REAL)
+#define T(name) FA_JOIN(name, ELEM)
+
+#define FA_ALWAYS_INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define FA_UNROLL _Pragma("clang loop unroll(full)")
+#define FA_NO_UNROLL _Pragma("clang loop unroll(disable)")
+#else
+#define FA_UNROLL _Pragma("GCC unroll 16")
+#define FA_NO_UNROLL _Pragma("GCC unroll 1")
+#endif
+
+#define f32_BIG FLT_MAX
+#define f64_BIG DBL_MAX
+#define FA_LOG2E 1.4426950408889634
+#define FA_LN2 0.6931471805599453
+
+/* The entry points that kernels.inl gives for one ELEM. */
+#define FA_KERNELS_OF(ELEM_)                                                                         \
+    {                                                                                                \
+        .forward_scratch = FA_JOIN(forward_scratch_bytes, ELEM_),                                    \
+        .forward_tile = FA_JOIN(forward_tile, ELEM_),                                                \
+        .forward_partial = FA_JOIN(forward_partial, ELEM_),                                          \
+        .forward_merge = FA_JOIN(forward_merge, ELEM_),                                              \
+        .backward_scratch = FA_JOIN(backward_scratch_bytes, ELEM_),                                  \
+        .backward_keys = FA_JOIN(backward_keys, ELEM_),                                              \
+        .backward_dq = FA_JOIN(backward_dq_bytes, ELEM_),                                            \
+        .backward_store_dq = FA_JOIN(backward_store_dq, ELEM_),                                      \
+    }
+
+#endif

@@ -1,0 +1,267 @@
+/* What the forward and the backward do to a tile: read it as gemm operands, edit its scores, draw
+ * its dropout. Score tiles are transposed, [keys][queries], so that a row maximum, a row sum and
+ * everything else that belongs to a query is one lane, and no shuffle is needed. */
+
+FA_ALWAYS_INLINE elem *T(at)(const struct fa_tensor *t, int64_t b, int64_t h, int64_t i) {
+    return (elem *)t->data + b * t->stride_batch + h * t->stride_head + i * t->stride_row;
+}
+
+/* The queries of a tile, each with the head it belongs to. */
+struct T(queries) {
+    int count, ld; /* ld: count rounded up to whole vectors, the row length of a score tile */
+    int64_t head[FA_BLOCK_M], row[FA_BLOCK_M];
+};
+
+/* `count` rows of a group, from row `first` on. */
+static void T(find_queries)(struct T(queries) * queries, const struct fa_params *p, int64_t head_k,
+                            int64_t first, int count) {
+    queries->count = count;
+    queries->ld = (int)fa_round_up(count, LANES);
+    for (int r = 0; r < count; r++) {
+        queries->head[r] = head_k * fa_heads_per_group(p) + (first + r) / p->seq_q;
+        queries->row[r] = (first + r) % p->seq_q;
+    }
+}
+
+/* --- operands --- */
+
+/* The operands of columns 0 .. cols - 1 of one row, padded with zeros to whole operands. */
+FA_ALWAYS_INLINE void T(convert_row)(operand *dst, const elem *src, int64_t cols) {
+    for (int64_t d = 0; d < cols; d += LANES) {
+        const int n = (int)fa_min(LANES, cols - d);
+        vec x = n < LANES ? E(load_n)(src + d, n) : E(load)(src + d);
+#if DEPTH == 2
+        OP(store_row)(dst + d / 2, x);
+#else
+        V(store)(dst + d, x);
+#endif
+    }
+}
+
+/* Row length of a converted tile, in operands. */
+static int64_t T(operand_ld)(int64_t cols) {
+    return fa_round_up(cols, LANES) / DEPTH;
+}
+
+/* Rows as the operand A of a sum over their columns: in place where they can be read as they are,
+ * otherwise converted into scratch [rows][operand_ld(cols)]. */
+static const operand *T(rows_operand)(const elem *src, int64_t stride, int64_t rows, int64_t cols,
+                                      operand *scratch, int64_t *ld) {
+    if (sizeof(elem) * DEPTH == sizeof(operand) && cols % DEPTH == 0 && stride % DEPTH == 0) {
+        *ld = stride / DEPTH;
+        return (const operand *)src;
+    }
+    *ld = T(operand_ld)(cols);
+    for (int64_t i = 0; i < rows; i++)
+        T(convert_row)(scratch + i * *ld, src + i * stride, cols);
+    return scratch;
+}
+
+/* Row length and number of rows of a panel, in operands. */
+static int64_t T(panel_ld)(int64_t cols) {
+    return fa_round_up(cols, LANES);
+}
+
+/* Rows as the operand B of a sum over the rows: in place, or in scratch
+ * [ceil(rows / DEPTH)][panel_ld(cols)]. *cols becomes the number of columns that can be read. */
+static const operand *T(panel_operand)(const elem *src, int64_t stride, int64_t rows, int64_t *cols,
+                                       operand *scratch, int64_t *ld) {
+#if DEPTH == 1
+    if (sizeof(elem) == sizeof(operand)) {
+        *ld = stride;
+        return (const operand *)src;
+    }
+    *ld = T(panel_ld)(*cols);
+    for (int64_t i = 0; i < rows; i++)
+        T(convert_row)(scratch + i * *ld, src + i * stride, *cols);
+#else
+    *ld = T(panel_ld)(*cols);
+    for (int64_t i = 0; i < rows; i += 2) {
+        const elem *lo = src + i * stride, *hi = i + 1 < rows ? lo + stride : NULL;
+        for (int64_t d = 0; d < *cols; d += LANES)
+            OP(store_rows)(scratch + i / 2 * *ld + d, lo + d, hi ? hi + d : NULL,
+                           (int)fa_min(LANES, *cols - d));
+    }
+#endif
+    *cols = *ld;
+    return scratch;
+}
+
+/* The transpose of a query tile as the operand B of a sum over columns: dst[p][r], with zeros for
+ * the lanes past the last query. */
+static void T(transpose_operand)(operand *dst, const struct fa_tensor *src, int64_t batch,
+                                 const struct T(queries) * queries, int64_t cols) {
+    enum { WIDTH = 16 };
+    const int ld = queries->ld;
+    for (int r = 0; r < ld; r++) {
+        const elem *row = r < queries->count
+                              ? T(at)(src, batch, queries->head[r], queries->row[r])
+                              : NULL;
+        for (int64_t d = 0; d < cols; d += WIDTH * DEPTH) {
+            const int64_t n = fa_min(WIDTH * DEPTH, cols - d);
+            operand line[2 * WIDTH] = {0};
+            if (row)
+                T(convert_row)(line, row + d, n);
+            for (int64_t p = 0; p < fa_div_up(n, DEPTH); p++)
+                dst[(d / DEPTH + p) * ld + r] = line[p];
+        }
+    }
+}
+
+/* P or dS as the operand A of a sum over keys, read with a_row = 1, a_col = queries->ld. The tile
+ * itself where operands are reals; otherwise rows 2j and 2j + 1 become row j of `pairs`. */
+static const operand *T(sum_over_keys)(const real *tile, int keys, int ld, operand *pairs) {
+#if DEPTH == 1
+    (void)keys, (void)ld, (void)pairs;
+    return tile;
+#else
+    for (int j = 0; j < keys; j += 2) {
+        for (int r = 0; r < ld; r += LANES) {
+            vec lo = V(load)(tile + j * ld + r);
+            vec hi = j + 1 < keys ? V(load)(tile + (j + 1) * ld + r) : V(set1)(0);
+            OP(store_pairs)(pairs + j / 2 * ld + r, lo, hi);
+        }
+    }
+    return pairs;
+#endif
+}
+
+/* The same for a sum over queries, read with a_row = ld / DEPTH, a_col = 1. */
+static const operand *T(sum_over_queries)(const real *tile, int keys, int ld, operand *pairs) {
+#if DEPTH == 1
+    (void)keys, (void)ld, (void)pairs;
+    return tile;
+#else
+    for (int x = 0; x < keys * ld; x += LANES)
+        OP(store_row)(pairs + x / 2, V(load)(tile + x));
+    return pairs;
+#endif
+}
+
+/* --- scores --- */
+
+FA_ALWAYS_INLINE real T(to_real)(elem x) {
+    return E(load_n)(&x, 1)[0];
+}
+
+/* tile[j][r] = what the mask adds to the score of query r and key `key + j`, times log2(e). */
+static void T(load_mask)(real *tile, const struct fa_params *p, int64_t batch,
+                         const struct T(queries) * queries, int64_t key, int keys) {
+    const struct fa_mask *mask = &p->mask;
+    for (int r = 0; r < queries->ld; r++) {
+        if (r >= queries->count) {
+            for (int j = 0; j < keys; j++)
+                tile[j * queries->ld + r] = 0;
+            continue;
+        }
+        const int64_t start = batch * mask->stride_batch + queries->head[r] * mask->stride_head +
+                              queries->row[r] * mask->stride_row + key * mask->stride_col;
+#define EACH_KEY(VALUE)                                                                              \
+    for (int j = 0; j < keys; j++) {                                                                 \
+        const int64_t x = start + j * mask->stride_col;                                              \
+        tile[j * queries->ld + r] = (VALUE);                                                         \
+    }
+        if (mask->dtype == FA_BOOL) {
+            EACH_KEY(((const uint8_t *)mask->data)[x] ? 0 : (real)-INFINITY)
+        } else if (mask->dtype == FA_FLOAT32 && p->dtype != FA_FLOAT32) {
+            EACH_KEY((real)(((const float *)mask->data)[x] * (real)FA_LOG2E))
+        } else {
+            EACH_KEY(T(to_real)(((const elem *)mask->data)[x]) * (real)FA_LOG2E)
+        }
+#undef EACH_KEY
+    }
+}
+
+/* dmask += dS, summed over whatever the gradient broadcasts. */
+static void T(add_mask_gradient)(const struct fa_params *p, int64_t batch,
+                                 const struct T(queries) * queries, int64_t key, int keys,
+                                 const real *dS) {
+    const struct fa_mask_grad *grad = &p->dmask;
+    for (int r = 0; r < queries->count; r++) {
+        real *row = (real *)grad->data + batch * grad->stride_batch +
+                    queries->head[r] * grad->stride_head + queries->row[r] * grad->stride_row +
+                    key * grad->stride_col;
+        for (int j = 0; j < keys; j++)
+            row[j * grad->stride_col] += dS[j * queries->ld + r];
+    }
+}
+
+/* Turns raw scores into log2-scaled ones with mask and window applied: S = S * scale_log2e + mask,
+ * minus infinity outside the window. `mask` is a tile of load_mask or NULL. */
+static void T(edit_scores)(real *S, const struct fa_params *p, const struct T(queries) * queries,
+                           int64_t key, int keys, real scale_log2e, const real *mask) {
+    const int ld = queries->ld;
+    /* Query r sees the keys first[r] .. last[r] of this tile. Small whole numbers, exact as reals. */
+    real first[FA_BLOCK_M], last[FA_BLOCK_M];
+    for (int r = 0; r < ld; r++) {
+        const int64_t i = queries->row[r < queries->count ? r : 0];
+        first[r] = (real)fa_max(0, fa_min(fa_key_begin(p, i) - key, keys));
+        last[r] = (real)fa_max(-1, fa_min(fa_key_end(p, i) - 1 - key, keys - 1));
+    }
+    for (int j = 0; j < keys; j++) {
+        for (int r = 0; r < ld; r += LANES) {
+            real *s = S + j * ld + r;
+            vec x = V(load)(s) * V(set1)(scale_log2e);
+            if (mask)
+                x = x + V(load)(mask + j * ld + r);
+            x = V(where_between)(x, V(set1)((real)j), V(load)(first + r), V(load)(last + r));
+            V(store)(s, x);
+        }
+    }
+}
+
+/* Whether some query of the tile does not see all of the keys [key, key + keys). */
+static int T(window_cuts)(const struct fa_params *p, const struct T(queries) * queries, int64_t key,
+                          int keys) {
+    if (!fa_is_windowed(p))
+        return 0;
+    for (int r = 0; r < queries->count; r++) {
+        const int64_t i = queries->row[r];
+        if (fa_key_begin(p, i) > key || fa_key_end(p, i) < key + keys)
+            return 1;
+    }
+    return 0;
+}
+
+/* --- dropout --- */
+
+/* keep[j][r] = 1 / (1 - p) where the probability of query r and key `key + j` is kept, else 0.
+ * dropout.h says which are; one Philox output serves four keys of a query here. */
+static void T(draw_dropout)(real *keep, const struct fa_params *p, int64_t batch,
+                            const struct T(queries) * queries, int64_t key, int keys) {
+    const uint32_t threshold = fa_dropout_threshold(p->dropout_p);
+    const real scale = p->dropout_p < 1 ? (real)(1 / (1 - p->dropout_p)) : 0;
+    const uint32_t key0 = (uint32_t)p->rng_state[0], key1 = (uint32_t)(p->rng_state[0] >> 32);
+    const uint32_t offset = (uint32_t)p->rng_state[1];
+    const int ld = queries->ld;
+    uint32_t row_counter[FA_BLOCK_M] = {0}, head_counter[FA_BLOCK_M] = {0};
+    uint32_t half[FA_BLOCK_M] = {0}; /* words 0 and 1, or 2 and 3 */
+    for (int r = 0; r < queries->count; r++) {
+        const int64_t i = queries->row[r];
+        row_counter[r] = (uint32_t)(i >> 4 << 3 | (i & 7));
+        head_counter[r] = (uint32_t)(batch * p->heads_q + queries->head[r]);
+        half[r] = (uint32_t)(i >> 3 & 1);
+    }
+    const int64_t begin = key / 16 * 16, end = key + keys;
+    for (int64_t block = begin; block < end; block += 16) {
+        for (int pair = 0; pair < 4; pair++) {
+            uint32_t words[2][FA_BLOCK_M]; /* this query's: columns j, j + 1 and j + 8, j + 9 */
+            for (int r = 0; r < ld; r++) {
+                uint32_t x[4] = {row_counter[r], (uint32_t)(block / 16 * 4 + pair), head_counter[r],
+                                 offset};
+                fa_philox(x, key0, key1);
+                words[0][r] = half[r] ? x[2] : x[0];
+                words[1][r] = half[r] ? x[3] : x[1];
+            }
+            for (int n = 0; n < 4; n++) {
+                const int64_t j = block + 2 * pair + 8 * (n >> 1) + (n & 1) - key;
+                if (j < 0 || j >= keys)
+                    continue;
+                for (int r = 0; r < ld; r++) {
+                    const uint32_t number = words[n >> 1][r] >> 16 * (n & 1) & 0xffff;
+                    keep[j * ld + r] = number >= threshold ? scale : 0;
+                }
+            }
+        }
+    }
+}

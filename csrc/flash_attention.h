@@ -1,0 +1,155 @@
+/* The contract between the attention kernels and whoever calls them.
+ *
+ * Plain C, no torch, no CUDA: the PyTorch binding fills in a `struct fa_params`, and so can any
+ * C program. One struct serves the forward and the backward, on every device, so that no kernel
+ * grows a private signature. A kernel that does not implement a field answers FA_UNSUPPORTED; it
+ * never ignores one.
+ *
+ *     S = scale * Q K^T + mask        scores        [B, Hq, Sq, Sk], only ever a tile at a time
+ *     P = softmax(S)                  probabilities [B, Hq, Sq, Sk], likewise
+ *     O = dropout(P) V                output        [B, Hq, Sq, Dv]
+ *     lse = log(sum_j exp(S_ij))      what the backward needs to rebuild P from S
+ *
+ * Letters in shape comments: B batch, Hq query heads, Hk key/value heads, Sq and Sk sequence
+ * lengths, D head size of Q and K, Dv head size of V. "acc" is the type sums are kept in: double
+ * for FA_FLOAT64, float for every other dtype.
+ */
+#ifndef FLASH_ATTENTION_H
+#define FLASH_ATTENTION_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum fa_status {
+    FA_OK = 0,
+    FA_UNSUPPORTED, /* a legal request that this kernel does not implement */
+    FA_INVALID,     /* no kernel could carry it out; the caller has a bug */
+};
+
+enum fa_dtype { FA_FLOAT32, FA_FLOAT64, FA_BFLOAT16, FA_FLOAT16, FA_BOOL };
+
+/* Element (b, h, i, d) is data[b * stride_batch + h * stride_head + i * stride_row + d].
+ * Strides count elements; the last dimension is contiguous. A stride of 0 broadcasts an input. */
+struct fa_tensor {
+    void *data;
+    int64_t stride_batch, stride_head, stride_row;
+};
+
+/* Score (b, h, i, j) reads data[b * stride_batch + h * stride_head + i * stride_row +
+ * j * stride_col]; strides of 0 broadcast. FA_BOOL: a key takes part where the byte is not 0.
+ * Any other dtype (that of Q, or FA_FLOAT32): the value is added to the scaled score. */
+struct fa_mask {
+    const void *data; /* NULL: no mask */
+    enum fa_dtype dtype;
+    int64_t stride_batch, stride_head, stride_row, stride_col;
+};
+
+/* The gradient of an additive mask, summed over what the mask broadcasts (strides of 0, which
+ * must be those of the mask). Type acc; the caller fills it with zeros. */
+struct fa_mask_grad {
+    void *data; /* NULL: not wanted */
+    int64_t stride_batch, stride_head, stride_row, stride_col;
+};
+
+/* Threads belong to the caller. run() calls body(ctx, id) for every id in [0, num_threads), as
+ * many at once as it can, and returns when all have. NULL: everything runs on this thread. */
+struct fa_executor {
+    int num_threads;
+    void (*run)(void (*body)(void *ctx, int id), void *ctx, int num_threads);
+};
+
+/* A negative window_left or window_right: no limit on that side. */
+#define FA_NO_LIMIT (-1)
+
+struct fa_params {
+    enum fa_dtype dtype; /* of q, k, v, out and their gradients */
+    int64_t batch;       /* B */
+    int64_t heads_q;     /* Hq, a multiple of Hk: query head h reads key head h / (Hq / Hk) */
+    int64_t heads_k;     /* Hk */
+    int64_t seq_q;       /* Sq; the longest where cu_seqlens_q is set */
+    int64_t seq_k;       /* Sk; the longest where cu_seqlens_k is set */
+    int64_t head_dim;    /* D */
+    int64_t head_dim_v;  /* Dv */
+
+    struct fa_tensor q;   /* [B, Hq, Sq, D] */
+    struct fa_tensor k;   /* [B, Hk, Sk, D] */
+    struct fa_tensor v;   /* [B, Hk, Sk, Dv] */
+    struct fa_tensor out; /* [B, Hq, Sq, Dv]; written by the forward, read by the backward */
+    void *lse;            /* [B, Hq, Sq] contiguous, acc, natural log; written, read likewise.
+                             A row that attends to nothing has out = 0 and lse = -infinity. */
+
+    /* --- scores --- */
+    double scale;
+    /* Query i sees key j where
+     * i + diagonal_offset - window_left <= j <= i + diagonal_offset + window_right.
+     * Causal is window (FA_NO_LIMIT, 0); offset 0 aligns top-left, Sk - Sq bottom-right. */
+    int64_t window_left, window_right, diagonal_offset;
+    struct fa_mask mask;       /* broadcast to [B, Hq, Sq, Sk] */
+    double softcap;            /* 0: none; else S = softcap * tanh(S / softcap) */
+    const float *alibi_slopes; /* [B, Hq] or NULL: adds -slope * |i + diagonal_offset - j| */
+    int64_t alibi_stride_batch;
+    const float *sinks; /* [Hq] or NULL: one more score in each row's softmax, with no value */
+
+    /* --- dropout --- */
+    double dropout_p;         /* 0: none. Kept probabilities are divided by 1 - dropout_p. */
+    const uint64_t *rng_state; /* {seed, offset}; what is dropped depends on these and on
+                                  (b, h, i, j) alone: see dropout.h */
+
+    /* --- packed and paged sequences --- */
+    const int32_t *cu_seqlens_q; /* [B + 1] or NULL: sequences back to back along Sq */
+    const int32_t *cu_seqlens_k; /* [B + 1] or NULL: likewise along Sk */
+    const int32_t *block_table;  /* [B, pages] or NULL: k and v are pages of page_size rows */
+    int64_t block_table_stride;
+    int64_t page_size;
+
+    /* --- forward only --- */
+    int partial_out; /* write out as acc, not dtype, so that partial results can be merged by lse */
+
+    /* --- backward only; out and lse may come from a merge of several forwards --- */
+    struct fa_tensor dout;     /* [B, Hq, Sq, Dv] */
+    struct fa_tensor dq;       /* [B, Hq, Sq, D];  data NULL: not wanted, as in the next two */
+    struct fa_tensor dk;       /* [B, Hk, Sk, D]  */
+    struct fa_tensor dv;       /* [B, Hk, Sk, Dv] */
+    struct fa_mask_grad dmask; /* broadcast like mask */
+    int deterministic;         /* the same bits every run, whatever it costs */
+
+    /* --- where to run --- */
+    struct fa_executor executor; /* CPU kernels */
+    void *stream;                /* CUDA kernels: a CUstream */
+    void *workspace;             /* scratch memory, 64-byte aligned */
+    size_t workspace_bytes;      /* at least what the *_workspace function asks for */
+};
+
+/* --- CPU kernels (csrc/cpu) --- */
+
+/* Whether the CPU kernels can carry out p: FA_OK or why not, in *reason (a static string naming
+ * the field; may be NULL). Looks at sizes, dtypes and flags, not at tensor data. */
+enum fa_status fa_cpu_supports(const struct fa_params *p, const char **reason);
+
+size_t fa_cpu_forward_workspace(const struct fa_params *p);
+enum fa_status fa_cpu_forward(const struct fa_params *p);
+
+size_t fa_cpu_backward_workspace(const struct fa_params *p);
+enum fa_status fa_cpu_backward(const struct fa_params *p);
+
+/* The instruction set in use: "generic", "avx2", "avx512" or "avx512_bf16". The best that this
+ * machine has, or the one the environment variable FLASH_ATTN_EXT_ISA names; read once, at first
+ * use. NULL where that variable names one that is unknown or that this machine lacks. */
+const char *fa_cpu_isa(void);
+
+/* The i-th instruction set compiled in, best first, or NULL past the last; *usable says whether
+ * this machine has it. */
+const char *fa_cpu_isa_list(int i, int *usable);
+
+/* Use the named instruction set from now on; FA_INVALID where it is unknown or not usable. For
+ * tests: calls must not be under way on other threads. */
+enum fa_status fa_cpu_set_isa(const char *name);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
