@@ -34,8 +34,8 @@ fa_dtype dtype_of(const Tensor &t, const char *name) {
     case at::kBool:
         return FA_BOOL;
     default:
-        TORCH_CHECK_NOT_IMPLEMENTED(false, "flash_attn_ext: ", name, " has dtype ",
-                                    t.scalar_type(), ", which no kernel takes");
+        TORCH_CHECK_NOT_IMPLEMENTED(false, "flash_attn_ext: ", name, " has dtype ", t.scalar_type(),
+                                    ", which no kernel takes");
     }
 }
 
@@ -51,10 +51,14 @@ void check_like(const char *name, const Tensor &t, at::IntArrayRef sizes, at::Sc
                 ", but got ", t.scalar_type());
 }
 
-bool rows_are_contiguous(const Tensor &t) { return t.size(-1) <= 1 || t.stride(-1) == 1; }
+bool rows_are_contiguous(const Tensor &t) {
+    return t.size(-1) <= 1 || t.stride(-1) == 1;
+}
 
 // Kernels want the last dimension contiguous; the others may have any strides.
-Tensor with_contiguous_rows(const Tensor &t) { return rows_are_contiguous(t) ? t : t.contiguous(); }
+Tensor with_contiguous_rows(const Tensor &t) {
+    return rows_are_contiguous(t) ? t : t.contiguous();
+}
 
 fa_tensor input(const Tensor &t) {
     return {const_cast<void *>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
@@ -99,7 +103,7 @@ struct Inputs {
     at::DimVector lse_sizes() const { return {q.size(0), q.size(1), q.size(2)}; }
     bool no_scores() const { return q.size(0) * q.size(1) * q.size(2) * k.size(2) == 0; }
 
-  private:
+private:
     void set_qkv(const Tensor &q_, const Tensor &k_, const Tensor &v_) {
         TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4 && v_.dim() == 4,
                     "flash_attn_ext: q, k and v must be 4-dimensional [batch, heads, length, head "
@@ -148,7 +152,8 @@ struct Inputs {
         for (int64_t d = 0; broadcasts && d < 4; d++)
             broadcasts = mask_.size(d) == 1 || mask_.size(d) == full[d];
         TORCH_CHECK(broadcasts, "flash_attn_ext: mask must have 4 dimensions, each 1 or as in ",
-                    at::IntArrayRef(full), " [batch, heads of q, length of q, length of k], but "
+                    at::IntArrayRef(full),
+                    " [batch, heads of q, length of q, length of k], but "
                     "got ",
                     mask_.sizes());
         const auto dtype = mask_.scalar_type();
@@ -156,7 +161,7 @@ struct Inputs {
                     "flash_attn_ext: mask must have dtype bool, float32 or that of q (",
                     q.scalar_type(), "), but got ", dtype);
         mask = mask_;
-        params.mask = {mask.const_data_ptr(),      dtype_of(mask, "mask"),
+        params.mask = {mask.const_data_ptr(),     dtype_of(mask, "mask"),
                        broadcast_stride(mask, 0), broadcast_stride(mask, 1),
                        broadcast_stride(mask, 2), broadcast_stride(mask, 3)};
     }
@@ -191,9 +196,9 @@ void launch(fa_params &params, size_t (*workspace_bytes)(const fa_params *),
     TORCH_CHECK(fa_cpu_isa(), "flash_attn_ext: the environment variable FLASH_ATTN_EXT_ISA names "
                               "an instruction set that is unknown or that this machine lacks");
     const char *reason = nullptr;
-    TORCH_CHECK_NOT_IMPLEMENTED(fa_cpu_supports(&params, &reason) == FA_OK,
-                                "flash_attn_ext: the CPU kernels do not support this call: ",
-                                reason);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        fa_cpu_supports(&params, &reason) == FA_OK,
+        "flash_attn_ext: the CPU kernels do not support this call: ", reason);
     static_assert(c10::gAlignment >= 64, "the kernels are promised an aligned workspace");
     params.workspace_bytes = workspace_bytes(&params);
     const at::DataPtr workspace = c10::GetCPUAllocator()->allocate(params.workspace_bytes);
@@ -203,10 +208,11 @@ void launch(fa_params &params, size_t (*workspace_bytes)(const fa_params *),
                 static_cast<int>(status));
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor &q, const Tensor &k, const Tensor &v, const OptionalTensor &mask,
-    const OptionalTensor &rng_state, double scale, int64_t window_left, int64_t window_right,
-    int64_t diagonal_offset, double dropout_p) {
+std::tuple<Tensor, Tensor> attention_forward(const Tensor &q, const Tensor &k, const Tensor &v,
+                                             const OptionalTensor &mask,
+                                             const OptionalTensor &rng_state, double scale,
+                                             int64_t window_left, int64_t window_right,
+                                             int64_t diagonal_offset, double dropout_p) {
     Inputs inputs(q, k, v, mask, rng_state, scale, window_left, window_right, diagonal_offset,
                   dropout_p);
     // [B, Hq, Sq, Dv] on memory [B, Sq, Hq, Dv]: joining the heads afterwards needs no copy.
@@ -232,11 +238,11 @@ Tensor empty_gradient(const Tensor &t, bool wanted) {
     return rows_are_contiguous(grad) ? grad : at::empty(t.sizes(), t.options());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor &grad_out, const Tensor &q, const Tensor &k, const Tensor &v,
-    const OptionalTensor &mask, const OptionalTensor &rng_state, const Tensor &out,
-    const Tensor &lse, double scale, int64_t window_left, int64_t window_right,
-    int64_t diagonal_offset, double dropout_p, std::array<bool, 4> grad_wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor>
+attention_backward(const Tensor &grad_out, const Tensor &q, const Tensor &k, const Tensor &v,
+                   const OptionalTensor &mask, const OptionalTensor &rng_state, const Tensor &out,
+                   const Tensor &lse, double scale, int64_t window_left, int64_t window_right,
+                   int64_t diagonal_offset, double dropout_p, std::array<bool, 4> grad_wanted) {
     Inputs inputs(q, k, v, mask, rng_state, scale, window_left, window_right, diagonal_offset,
                   dropout_p);
     check_like("grad_out", grad_out, inputs.out_sizes(), q.scalar_type());
@@ -250,8 +256,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor dq = empty_gradient(inputs.q, grad_wanted[0]);
     const Tensor dk = empty_gradient(inputs.k, grad_wanted[1]);
     const Tensor dv = empty_gradient(inputs.v, grad_wanted[2]);
-    const Tensor dmask = mask_wanted ? at::zeros(mask->sizes(), lse.options())
-                                     : at::empty({0}, q.options());
+    const Tensor dmask =
+        mask_wanted ? at::zeros(mask->sizes(), lse.options()) : at::empty({0}, q.options());
     if (inputs.no_scores()) {
         dq.zero_();
         dk.zero_();

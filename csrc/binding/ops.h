@@ -13,10 +13,12 @@ namespace flash_attn_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-using AttentionForward = std::tuple<Tensor, Tensor>(
-    const Tensor &q, const Tensor &k, const Tensor &v, const OptionalTensor &mask,
-    const OptionalTensor &rng_state, double scale, c10::SymInt window_left,
-    c10::SymInt window_right, c10::SymInt diagonal_offset, double dropout_p);
+using AttentionForward = std::tuple<Tensor, Tensor>(const Tensor &q, const Tensor &k,
+                                                    const Tensor &v, const OptionalTensor &mask,
+                                                    const OptionalTensor &rng_state, double scale,
+                                                    c10::SymInt window_left,
+                                                    c10::SymInt window_right,
+                                                    c10::SymInt diagonal_offset, double dropout_p);
 
 using AttentionBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor &grad_out, const Tensor &q, const Tensor &k, const Tensor &v,

@@ -91,19 +91,24 @@ static const operand *T(panel_operand)(const elem *src, int64_t stride, int64_t 
  * the lanes past the last query. */
 static void T(transpose_operand)(operand *dst, const struct fa_tensor *src, int64_t batch,
                                  const struct T(queries) * queries, int64_t cols) {
-    enum { WIDTH = 16 };
-    const int ld = queries->ld;
-    for (int r = 0; r < ld; r++) {
-        const elem *row = r < queries->count
-                              ? T(at)(src, batch, queries->head[r], queries->row[r])
-                              : NULL;
-        for (int64_t d = 0; d < cols; d += WIDTH * DEPTH) {
-            const int64_t n = fa_min(WIDTH * DEPTH, cols - d);
-            operand line[2 * WIDTH] = {0};
-            if (row)
-                T(convert_row)(line, row + d, n);
-            for (int64_t p = 0; p < fa_div_up(n, DEPTH); p++)
-                dst[(d / DEPTH + p) * ld + r] = line[p];
+    const int64_t depth = fa_div_up(cols, DEPTH);
+    for (int first = 0; first < queries->ld; first += LANES) {
+        for (int64_t p = 0; p < depth; p += LANES) {
+            const int64_t left = fa_min(LANES * DEPTH, cols - p * DEPTH);
+            vec block[LANES]; /* moved about as bits, whatever the operand is */
+            for (int r = 0; r < LANES; r++) {
+                operand line[LANES] = {0};
+                if (first + r < queries->count)
+                    T(convert_row)(line,
+                                   T(at)(src, batch, queries->head[first + r],
+                                         queries->row[first + r]) +
+                                       p * DEPTH,
+                                   left);
+                memcpy(&block[r], line, sizeof line);
+            }
+            V(transpose)(block);
+            for (int64_t x = 0; x < fa_min(LANES, depth - p); x++)
+                memcpy(dst + (p + x) * queries->ld + first, &block[x], sizeof(vec));
         }
     }
 }
@@ -140,35 +145,50 @@ static const operand *T(sum_over_queries)(const real *tile, int keys, int ld, op
 
 /* --- scores --- */
 
-FA_ALWAYS_INLINE real T(to_real)(elem x) {
-    return E(load_n)(&x, 1)[0];
+/* line[j] = what the mask adds at element x + j * stride_col, for j < n; a value of the mask for
+ * every lane. */
+FA_ALWAYS_INLINE vec T(mask_line)(const struct fa_params *p, int64_t x, int n) {
+    const struct fa_mask *mask = &p->mask;
+    const int64_t stride = mask->stride_col;
+    real line[LANES] = {0};
+    if (mask->dtype == FA_BOOL) {
+        const uint8_t *value = (const uint8_t *)mask->data + x;
+        for (int j = 0; j < n; j++)
+            line[j] = value[j * stride] ? 0 : (real)-INFINITY;
+    } else if (mask->dtype == FA_FLOAT32 && p->dtype != FA_FLOAT32) {
+        const float *value = (const float *)mask->data + x;
+        for (int j = 0; j < n; j++)
+            line[j] = (real)value[j * stride];
+    } else {
+        const elem *value = (const elem *)mask->data + x;
+        if (stride == 1)
+            return n < LANES ? E(load_n)(value, n) : E(load)(value);
+        for (int j = 0; j < n; j++)
+            line[j] = E(load_n)(value + j * stride, 1)[0];
+    }
+    return V(load)(line);
 }
 
-/* tile[j][r] = what the mask adds to the score of query r and key `key + j`, times log2(e). */
+/* tile[j][r] = what the mask adds to the score of query r and key `key + j`. */
 static void T(load_mask)(real *tile, const struct fa_params *p, int64_t batch,
                          const struct T(queries) * queries, int64_t key, int keys) {
     const struct fa_mask *mask = &p->mask;
-    for (int r = 0; r < queries->ld; r++) {
-        if (r >= queries->count) {
-            for (int j = 0; j < keys; j++)
-                tile[j * queries->ld + r] = 0;
-            continue;
+    for (int first = 0; first < queries->ld; first += LANES) {
+        int64_t start[LANES];
+        const int rows = (int)fa_min(LANES, queries->count - first);
+        for (int r = 0; r < rows; r++)
+            start[r] = batch * mask->stride_batch + queries->head[first + r] * mask->stride_head +
+                       queries->row[first + r] * mask->stride_row + key * mask->stride_col;
+        for (int j = 0; j < keys; j += LANES) {
+            const int n = (int)fa_min(LANES, keys - j);
+            vec block[LANES];
+            for (int r = 0; r < LANES; r++)
+                block[r] = r < rows ? T(mask_line)(p, start[r] + j * mask->stride_col, n)
+                                    : V(set1)(0);
+            V(transpose)(block);
+            for (int x = 0; x < n; x++)
+                V(store)(tile + (j + x) * queries->ld + first, block[x]);
         }
-        const int64_t start = batch * mask->stride_batch + queries->head[r] * mask->stride_head +
-                              queries->row[r] * mask->stride_row + key * mask->stride_col;
-#define EACH_KEY(VALUE)                                                                              \
-    for (int j = 0; j < keys; j++) {                                                                 \
-        const int64_t x = start + j * mask->stride_col;                                              \
-        tile[j * queries->ld + r] = (VALUE);                                                         \
-    }
-        if (mask->dtype == FA_BOOL) {
-            EACH_KEY(((const uint8_t *)mask->data)[x] ? 0 : (real)-INFINITY)
-        } else if (mask->dtype == FA_FLOAT32 && p->dtype != FA_FLOAT32) {
-            EACH_KEY((real)(((const float *)mask->data)[x] * (real)FA_LOG2E))
-        } else {
-            EACH_KEY(T(to_real)(((const elem *)mask->data)[x]) * (real)FA_LOG2E)
-        }
-#undef EACH_KEY
     }
 }
 
@@ -177,12 +197,31 @@ static void T(add_mask_gradient)(const struct fa_params *p, int64_t batch,
                                  const struct T(queries) * queries, int64_t key, int keys,
                                  const real *dS) {
     const struct fa_mask_grad *grad = &p->dmask;
-    for (int r = 0; r < queries->count; r++) {
-        real *row = (real *)grad->data + batch * grad->stride_batch +
-                    queries->head[r] * grad->stride_head + queries->row[r] * grad->stride_row +
-                    key * grad->stride_col;
-        for (int j = 0; j < keys; j++)
-            row[j * grad->stride_col] += dS[j * queries->ld + r];
+    for (int first = 0; first < queries->ld; first += LANES) {
+        const int rows = (int)fa_min(LANES, queries->count - first);
+        for (int j = 0; j < keys; j += LANES) {
+            const int n = (int)fa_min(LANES, keys - j);
+            vec block[LANES];
+            for (int x = 0; x < LANES; x++)
+                block[x] = x < n ? V(load)(dS + (j + x) * queries->ld + first) : V(set1)(0);
+            V(transpose)(block);
+            for (int r = 0; r < rows; r++) {
+                real *row = (real *)grad->data + batch * grad->stride_batch +
+                            queries->head[first + r] * grad->stride_head +
+                            queries->row[first + r] * grad->stride_row +
+                            (key + j) * grad->stride_col;
+                if (grad->stride_col == 1) {
+                    vec sum = block[r] + (n < LANES ? V(load_n)(row, n) : V(load)(row));
+                    if (n < LANES)
+                        V(store_n)(row, sum, n);
+                    else
+                        V(store)(row, sum);
+                } else {
+                    for (int x = 0; x < n; x++)
+                        row[x * grad->stride_col] += block[r][x];
+                }
+            }
+        }
     }
 }
 
@@ -203,7 +242,7 @@ static void T(edit_scores)(real *S, const struct fa_params *p, const struct T(qu
             real *s = S + j * ld + r;
             vec x = V(load)(s) * V(set1)(scale_log2e);
             if (mask)
-                x = x + V(load)(mask + j * ld + r);
+                x = V(fma)(V(load)(mask + j * ld + r), V(set1)((real)FA_LOG2E), x);
             x = V(where_between)(x, V(set1)((real)j), V(load)(first + r), V(load)(last + r));
             V(store)(s, x);
         }

@@ -70,6 +70,24 @@ static inline float f32_sum(f32_vec x) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
+static inline void f32_transpose(f32_vec x[8]) {
+    f32_vec y[8];
+    for (int i = 0; i < 8; i += 4) { /* 4 x 4 blocks within each 128-bit lane */
+        __m256d ab_lo = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1]));
+        __m256d ab_hi = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
+        __m256d cd_lo = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3]));
+        __m256d cd_hi = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
+        y[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_lo, cd_lo));
+        y[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_lo, cd_lo));
+        y[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_hi, cd_hi));
+        y[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_hi, cd_hi));
+    }
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
+    }
+}
+
 /* --- f64 --- */
 
 typedef double f64_elem;
@@ -127,6 +145,18 @@ static inline f64_vec f64_where_between(f64_vec x, f64_vec j, f64_vec lo, f64_ve
 static inline double f64_sum(f64_vec x) {
     __m128d half = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+
+static inline void f64_transpose(f64_vec x[4]) {
+    f64_vec y[4];
+    for (int i = 0; i < 4; i += 2) {
+        y[i] = _mm256_unpacklo_pd(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_pd(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        x[i] = _mm256_permute2f128_pd(y[i], y[i + 2], 0x20);
+        x[i + 2] = _mm256_permute2f128_pd(y[i], y[i + 2], 0x31);
+    }
 }
 
 /* --- bf16 and f16 in memory, f32 in registers --- */

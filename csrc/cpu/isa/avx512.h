@@ -64,6 +64,29 @@ static inline f32_vec f32_where_between(f32_vec x, f32_vec j, f32_vec lo, f32_ve
 static inline float f32_sum(f32_vec x) {
     return _mm512_reduce_add_ps(x);
 }
+static inline void f32_transpose(f32_vec x[16]) {
+    f32_vec y[16];
+    for (int i = 0; i < 16; i += 4) { /* 4 x 4 blocks within each 128-bit lane */
+        __m512d ab_lo = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1]));
+        __m512d ab_hi = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+        __m512d cd_lo = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3]));
+        __m512d cd_hi = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+        y[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_lo, cd_lo));
+        y[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_lo, cd_lo));
+        y[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_hi, cd_hi));
+        y[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_hi, cd_hi));
+    }
+    for (int i = 0; i < 4; i++) { /* then the lanes, 4 x 4 of them */
+        f32_vec even_lo = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x88);
+        f32_vec odd_lo = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xdd);
+        f32_vec even_hi = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x88);
+        f32_vec odd_hi = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xdd);
+        x[i] = _mm512_shuffle_f32x4(even_lo, even_hi, 0x88);
+        x[i + 4] = _mm512_shuffle_f32x4(odd_lo, odd_hi, 0x88);
+        x[i + 8] = _mm512_shuffle_f32x4(even_lo, even_hi, 0xdd);
+        x[i + 12] = _mm512_shuffle_f32x4(odd_lo, odd_hi, 0xdd);
+    }
+}
 
 /* --- f64 --- */
 
@@ -118,6 +141,23 @@ static inline f64_vec f64_where_between(f64_vec x, f64_vec j, f64_vec lo, f64_ve
 }
 static inline double f64_sum(f64_vec x) {
     return _mm512_reduce_add_pd(x);
+}
+static inline void f64_transpose(f64_vec x[8]) {
+    f64_vec y[8];
+    for (int i = 0; i < 8; i += 2) { /* 2 x 2 blocks within each 128-bit lane */
+        y[i] = _mm512_unpacklo_pd(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_pd(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 2; i++) { /* then the lanes, 4 x 4 of them */
+        f64_vec even_lo = _mm512_shuffle_f64x2(y[i], y[i + 2], 0x88);
+        f64_vec odd_lo = _mm512_shuffle_f64x2(y[i], y[i + 2], 0xdd);
+        f64_vec even_hi = _mm512_shuffle_f64x2(y[i + 4], y[i + 6], 0x88);
+        f64_vec odd_hi = _mm512_shuffle_f64x2(y[i + 4], y[i + 6], 0xdd);
+        x[i] = _mm512_shuffle_f64x2(even_lo, even_hi, 0x88);
+        x[i + 2] = _mm512_shuffle_f64x2(odd_lo, odd_hi, 0x88);
+        x[i + 4] = _mm512_shuffle_f64x2(even_lo, even_hi, 0xdd);
+        x[i + 6] = _mm512_shuffle_f64x2(odd_lo, odd_hi, 0xdd);
+    }
 }
 
 /* --- bf16 and f16 in memory, f32 in registers --- */

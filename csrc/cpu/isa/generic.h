@@ -76,6 +76,15 @@
         for (int i = 1; i < (LANES); i++)                                                            \
             sum += x[i];                                                                             \
         return sum;                                                                                  \
+    }                                                                                                \
+    static inline void T##_transpose(T##_vec x[LANES]) {                                             \
+        for (int i = 0; i < (LANES); i++) {                                                          \
+            for (int j = i + 1; j < (LANES); j++) {                                                  \
+                REAL swap = x[i][j];                                                                 \
+                x[i][j] = x[j][i];                                                                   \
+                x[j][i] = swap;                                                                      \
+            }                                                                                        \
+        }                                                                                            \
     }
 
 #define f32_LANES 4
