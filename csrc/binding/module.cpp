@@ -8,8 +8,8 @@ namespace py = pybind11;
 
 namespace {
 
-// _extension.py looks for this text in the file to learn, before loading it, what it was built for.
-constexpr char kBuiltFor[] = "flash_attn_ext built for torch " BUILD_TORCH_VERSION;
+// _extension.py searches the file for this text, to know before loading it what it was built for.
+[[gnu::used]] constexpr char kBuiltFor[] = "flash_attn_ext built for torch " BUILD_TORCH_VERSION;
 
 #ifdef __clang__
 constexpr char kCompiler[] = __VERSION__;
@@ -42,7 +42,7 @@ void set_isa(const char *name) {
 py::dict build_info() {
     py::dict info;
     info["version"] = BUILD_VERSION;
-    info["torch"] = py::str(kBuiltFor).attr("rsplit")(" ", 1).attr("__getitem__")(1);
+    info["torch"] = BUILD_TORCH_VERSION;
     info["compiler"] = kCompiler;
     info["flags"] = BUILD_C_FLAGS;
     return info;

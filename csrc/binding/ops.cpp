@@ -21,7 +21,7 @@ namespace {
 // Farther than any sequence is long, and sums of a few stay far from overflow.
 constexpr int64_t kFar = int64_t{1} << 40;
 
-fa_dtype dtype_of(const Tensor &t, const char *name) {
+fa_dtype dtype_of(const char *name, const Tensor &t) {
     switch (t.scalar_type()) {
     case at::kFloat:
         return FA_FLOAT32;
@@ -31,11 +31,10 @@ fa_dtype dtype_of(const Tensor &t, const char *name) {
         return FA_BFLOAT16;
     case at::kHalf:
         return FA_FLOAT16;
-    case at::kBool:
-        return FA_BOOL;
     default:
-        TORCH_CHECK_NOT_IMPLEMENTED(false, "flash_attn_ext: ", name, " has dtype ", t.scalar_type(),
-                                    ", which no kernel takes");
+        TORCH_CHECK_NOT_IMPLEMENTED(false, "flash_attn_ext: ", name,
+                                    " must be float32, float64, bfloat16 or float16, but got ",
+                                    t.scalar_type());
     }
 }
 
@@ -112,10 +111,6 @@ private:
         TORCH_CHECK(q_.scalar_type() == k_.scalar_type() && q_.scalar_type() == v_.scalar_type(),
                     "flash_attn_ext: q, k and v must have the same dtype, but got q ",
                     q_.scalar_type(), ", k ", k_.scalar_type(), " and v ", v_.scalar_type());
-        TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(q_.scalar_type()),
-                                    "flash_attn_ext: q, k and v must be float32, float64, bfloat16 "
-                                    "or float16, but got ",
-                                    q_.scalar_type());
         const int64_t heads_q = q_.size(1), heads_k = k_.size(1);
         TORCH_CHECK(k_.size(0) == q_.size(0) && v_.size(0) == q_.size(0),
                     "flash_attn_ext: q, k and v must have the same batch size, but got q ",
@@ -133,7 +128,7 @@ private:
         q = with_contiguous_rows(q_);
         k = with_contiguous_rows(k_);
         v = with_contiguous_rows(v_);
-        params.dtype = dtype_of(q, "q");
+        params.dtype = dtype_of("q", q);
         params.batch = q.size(0);
         params.heads_q = heads_q;
         params.heads_k = heads_k;
@@ -161,9 +156,10 @@ private:
                     "flash_attn_ext: mask must have dtype bool, float32 or that of q (",
                     q.scalar_type(), "), but got ", dtype);
         mask = mask_;
-        params.mask = {mask.const_data_ptr(),     dtype_of(mask, "mask"),
-                       broadcast_stride(mask, 0), broadcast_stride(mask, 1),
-                       broadcast_stride(mask, 2), broadcast_stride(mask, 3)};
+        params.mask = {
+            mask.const_data_ptr(),     dtype == at::kBool ? FA_BOOL : dtype_of("mask", mask),
+            broadcast_stride(mask, 0), broadcast_stride(mask, 1),
+            broadcast_stride(mask, 2), broadcast_stride(mask, 3)};
     }
 
     void set_window(int64_t left, int64_t right, int64_t diagonal_offset) {
@@ -193,8 +189,6 @@ private:
 // Runs fa_cpu_forward or fa_cpu_backward, with the workspace it asks for.
 void launch(fa_params &params, size_t (*workspace_bytes)(const fa_params *),
             fa_status (*kernel)(const fa_params *)) {
-    TORCH_CHECK(fa_cpu_isa(), "flash_attn_ext: the environment variable FLASH_ATTN_EXT_ISA names "
-                              "an instruction set that is unknown or that this machine lacks");
     const char *reason = nullptr;
     TORCH_CHECK_NOT_IMPLEMENTED(
         fa_cpu_supports(&params, &reason) == FA_OK,

@@ -1,0 +1,36 @@
+"""Loads the compiled extension, which registers the operators, or says plainly why it cannot.
+
+An extension built for another torch would end in a page of mangled C++ names from the dynamic
+linker, or crash later. So what it was built for is read from the file before it is loaded.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_REBUILD = (
+    "In the source directory of flash_attn_ext, run: "
+    "pip install --no-build-isolation --no-deps --force-reinstall ."
+)
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.find_spec("flash_attn_ext._C")
+    if spec is None or spec.origin is None:
+        raise ImportError(f"flash_attn_ext is not built for this Python. {_REBUILD}")
+    # module.cpp has this text. What follows a "+" (cpu, cu130) does not matter: the binding uses
+    # nothing but the CPU libraries.
+    match = re.search(rb"built for torch ([\w.]+)", Path(spec.origin).read_bytes())
+    built_for = match[1].decode() if match else "an unknown version"
+    if built_for != torch.__version__.split("+")[0]:
+        raise ImportError(
+            f"flash_attn_ext was built for torch {built_for}, but this is torch "
+            f"{torch.__version__}. {_REBUILD}"
+        )
+    return importlib.import_module(spec.name)
+
+
+_load()
