@@ -1,0 +1,45 @@
+"""The same bits every run, however many threads there are."""
+
+import pytest
+import torch
+from helpers import DTYPES, assert_same_bits, forward_backward, kernel_attention, make_case
+
+FEATURES = ["causal", "bias", "query_bias+dropout", "grouped+wide_v+key_mask"]
+
+
+def results(case, grad_out=None):
+    attention = case.bind(kernel_attention)
+    if grad_out is None:
+        return {"out": attention(*case.inputs)}
+    return forward_backward(attention, case.inputs, grad_out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", FEATURES)
+def test_forward_and_backward_repeat(features, dtype, device):
+    case = make_case(features, dtype=dtype, device=device, seq_q=200, seq_k=333)
+    grad_out = torch.randn_like(results(case)["out"])
+    first = results(case, grad_out)
+    for _ in range(3):
+        assert_same_bits(results(case, grad_out), first)
+
+
+@pytest.mark.parametrize(("heads", "seq_q"), [(1, 1), (1, 400), (2, 3), (8, 64)])
+@pytest.mark.parametrize("features", ["", "causal", "bias+dropout"])
+def test_forward_does_not_depend_on_threads(features, heads, seq_q, threads):
+    """Few queries are where one would split the keys among threads."""
+    case = make_case(features, batch=1, heads=heads, seq_q=seq_q, seq_k=1500)
+    threads(1)
+    alone = results(case)
+    for count in (2, 3):
+        threads(count)
+        assert_same_bits(results(case), alone)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_backward_repeats_with_any_number_of_threads(features, threads):
+    case = make_case(features, heads=2, batch=1, seq_q=200, seq_k=333)
+    grad_out = torch.randn_like(results(case)["out"])
+    for count in (1, 2, 3):
+        threads(count)
+        assert_same_bits(results(case, grad_out), results(case, grad_out))
