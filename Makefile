@@ -1,0 +1,77 @@
+# Everything one can do here. `make help` lists it.
+#
+# The first target that needs Python sets it up: a virtual environment in .venv, on top of an
+# installed torch if there is one, else with the torch pinned below. To use a Python as it is,
+# with nothing but this package installed into it (offline, or in an image that has it all):
+#     make test PYTHON=python3
+
+PYTHON := .venv/bin/python
+TORCH := torch==2.13.0
+
+C_FILES = $(shell find csrc tests/c -name '*.[ch]' -o -name '*.cpp' -o -name '*.inl')
+BUILT_FROM = pyproject.toml setup.py $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench figures lint format asan clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamp of a finished set-up; it goes where it vanishes together with what it stands for.
+ifeq ($(origin PYTHON),command line)
+INSTALLED := build/.installed
+CLANG_FORMAT := clang-format
+
+$(INSTALLED): $(BUILT_FROM)
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	@mkdir -p $(@D) && touch $@
+else
+INSTALLED := .venv/.installed
+CLANG_FORMAT := PATH=.venv/bin:$$PATH clang-format
+
+.venv/bin/python:
+	@python3 -c 'import ensurepip, venv' || { \
+	    echo "python3 cannot make virtual environments: install its venv package" \
+	         "(Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	python3 -m venv $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
+
+$(INSTALLED): $(BUILT_FROM) | .venv/bin/python
+	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install $(TORCH)
+	@$(PYTHON) -m pip install 'setuptools>=64' wheel && \
+	    $(PYTHON) -m pip install --no-build-isolation -e '.[demo,dev]' || { \
+	    echo "Set-up failed, see above. Offline, with torch installed: make ... PYTHON=python3" >&2; \
+	    exit 1; }
+	@touch $@
+endif
+
+demo: $(INSTALLED) ## train a small GPT with three attentions and compare them (under 3 minutes)
+	$(PYTHON) examples/train_gpt.py
+
+test: $(INSTALLED) ## run the test suite
+	$(PYTHON) -m pytest
+
+bench: $(INSTALLED) ## time and weigh ours against PyTorch's, then update README and plots (10 minutes)
+	$(PYTHON) benchmarks/cpu.py
+	$(PYTHON) benchmarks/memory.py
+	$(PYTHON) benchmarks/report.py
+
+figures: $(INSTALLED) ## draw the pictures of the documentation again
+	$(PYTHON) docs/draw_tiles.py
+
+lint: $(INSTALLED) ## check style: ruff and clang-format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(C_FILES)
+
+format: $(INSTALLED) ## put everything into style
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(CLANG_FORMAT) -i $(C_FILES)
+
+asan: ## fuzz the C core, without Python, under the address, UB and thread sanitizers
+	$(MAKE) -C tests/c asan
+	$(MAKE) -C tests/c tsan
+
+clean: ## remove everything built, the virtual environment too
+	rm -rf .venv build dist tests/c/build *.egg-info flash_attn_ext/*.so demo.png
+	find . -name __pycache__ -type d -prune -exec rm -r {} +
