@@ -8,7 +8,7 @@
 PYTHON := .venv/bin/python
 TORCH := torch==2.13.0
 
-C_FILES = $(shell find csrc tests/c -name '*.[ch]' -o -name '*.cpp' -o -name '*.inl')
+C_FILES = $(shell find csrc tests/c -name '*.[ch]' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 BUILT_FROM = pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help

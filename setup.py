@@ -1,6 +1,8 @@
-"""Builds flash_attn_ext._C: the C kernels, each with its own instruction-set flags, and the C++
-binding. Needs the torch that it will run with and a C/C++ compiler; no CUDA toolkit, no ninja."""
+"""Builds flash_attn_ext._C: the C kernels, each with its own instruction-set flags, the CUDA engine
+with the sources of its kernels inside, and the C++ binding. Needs the torch that it will run with
+and a C/C++ compiler; no CUDA toolkit, no ninja."""
 
+import json
 import os
 import platform
 import sys
@@ -31,7 +33,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "csrc/cpu/isa/avx512.c": AVX512,
         "csrc/cpu/isa/avx512_bf16.c": [*AVX512, "-mavx512bf16"],
     }
-BINDING = ["csrc/binding/ops.cpp", "csrc/binding/autograd.cpp", "csrc/binding/module.cpp"]
+CUDA_ENGINE = [str(source) for source in Path("csrc/cuda/engine").glob("*.c")]
+CUDA_KERNELS = Path("csrc/cuda/kernels")
+BINDING = [str(source) for source in Path("csrc/binding").glob("*.cpp")]
 
 
 class BuildExtension(build_ext):
@@ -47,6 +51,7 @@ class BuildExtension(build_ext):
         # The binding takes longest: it goes first.
         flags = {source: self.binding_flags() for source in BINDING}
         flags |= {source: [*C_FLAGS, *isa_flags] for source, isa_flags in KERNELS.items()}
+        flags |= {source: [*C_FLAGS, "-I."] for source in [*CUDA_ENGINE, self.embed_kernels()]}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = list(pool.map(self.compile, flags.keys(), flags.values()))
         super().build_extension(ext)
@@ -54,7 +59,7 @@ class BuildExtension(build_ext):
     def binding_flags(self):
         facts = {
             "BUILD_VERSION": self.distribution.get_version(),
-            "BUILD_TORCH_VERSION": torch.__version__,
+            "BUILD_TORCH_VERSION": torch.__version__.split("+")[0],
             "BUILD_C_FLAGS": " ".join(C_FLAGS),
         }
         return [
@@ -63,6 +68,22 @@ class BuildExtension(build_ext):
             *(f"-isystem{path}" for path in include_paths()),
             f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}",
         ]
+
+    def embed_kernels(self):
+        """Writes the sources of the CUDA kernels into a C file: `fa_cuda_sources` of engine.h."""
+        lines = ['#include "csrc/cuda/engine/engine.h"']
+        lines.append("const struct fa_cuda_source fa_cuda_sources[] = {")
+        for path in sorted(CUDA_KERNELS.rglob("*.*")):
+            lines.append(f'{{"{path.relative_to(CUDA_KERNELS).as_posix()}",')
+            # A JSON string is a C string here.
+            lines += (json.dumps(line) for line in path.read_text().splitlines(keepends=True))
+            lines.append("},")
+        lines.append("{0, 0}};\n")
+        target, text = Path(self.build_temp, "cuda_kernels.c"), "\n".join(lines)
+        if not target.exists() or target.read_text() != text:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+        return str(target)
 
     def compile(self, source, flags):
         target = Path(self.build_temp, source).with_suffix(".o")
@@ -79,7 +100,7 @@ setup(
             "flash_attn_ext._C",
             sources=[],  # BuildExtension knows them
             library_dirs=library_paths(),
-            libraries=["c10", "torch_cpu"],
+            libraries=["c10", "torch_cpu", "dl"],
             language="c++",
         )
     ],

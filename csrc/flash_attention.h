@@ -28,6 +28,7 @@ enum fa_status {
     FA_OK = 0,
     FA_UNSUPPORTED, /* a legal request that this kernel does not implement */
     FA_INVALID,     /* no kernel could carry it out; the caller has a bug */
+    FA_FAILED,      /* the driver, the compiler or the memory did not do as asked (CUDA) */
 };
 
 enum fa_dtype { FA_FLOAT32, FA_FLOAT64, FA_BFLOAT16, FA_FLOAT16, FA_BOOL };
@@ -84,6 +85,7 @@ struct fa_params {
 
     /* --- scores --- */
     double scale;
+    int allow_tf32; /* CUDA kernels, FA_FLOAT32: products may round their factors to TF32 */
     /* Query i sees key j where
      * i + diagonal_offset - window_left <= j <= i + diagonal_offset + window_right.
      * Causal is window (FA_NO_LIMIT, 0); offset 0 aligns top-left, Sk - Sq bottom-right. */
@@ -95,7 +97,7 @@ struct fa_params {
     const float *sinks; /* [Hq] or NULL: one more score in each row's softmax, with no value */
 
     /* --- dropout --- */
-    double dropout_p;         /* 0: none. Kept probabilities are divided by 1 - dropout_p. */
+    double dropout_p;          /* 0: none. Kept probabilities are divided by 1 - dropout_p. */
     const uint64_t *rng_state; /* {seed, offset}; what is dropped depends on these and on
                                   (b, h, i, j) alone: see dropout.h */
 
@@ -119,7 +121,8 @@ struct fa_params {
 
     /* --- where to run --- */
     struct fa_executor executor; /* CPU kernels */
-    void *stream;                /* CUDA kernels: a CUstream */
+    int device;                  /* CUDA kernels: number of the device */
+    void *stream;                /* CUDA kernels: a CUstream of that device */
     void *workspace;             /* scratch memory, 64-byte aligned */
     size_t workspace_bytes;      /* at least what the *_workspace function asks for */
 };
@@ -148,6 +151,62 @@ const char *fa_cpu_isa_list(int i, int *usable);
 /* Use the named instruction set from now on; FA_INVALID where it is unknown or not usable. For
  * tests: calls must not be under way on other threads. */
 enum fa_status fa_cpu_set_isa(const char *name);
+
+/* --- CUDA kernels (csrc/cuda) ---
+ *
+ * A kernel is compiled for the exact case (architecture, dtype, head sizes, kind of mask, ...) when
+ * a call first needs it, and kept: in memory for the process, in a directory for the next one. The
+ * driver and the compiler, NVRTC, are loaded at first use; where they are missing, these functions
+ * answer FA_UNSUPPORTED. All pointers in p are to memory of the device; work is queued on
+ * p->stream.
+ *
+ * p is a backward where p->dout.data is not NULL. */
+
+/* Why the thread's last call of a function here that failed did so. */
+const char *fa_cuda_last_error(void);
+
+/* Whether the CUDA kernels can carry out p on p->device. Looks at sizes, dtypes and flags only. */
+enum fa_status fa_cuda_supports(const struct fa_params *p);
+
+size_t fa_cuda_forward_workspace(const struct fa_params *p);
+enum fa_status fa_cuda_forward(const struct fa_params *p);
+
+size_t fa_cuda_backward_workspace(const struct fa_params *p);
+enum fa_status fa_cuda_backward(const struct fa_params *p);
+
+/* What was compiled, valid during the visit. */
+struct fa_cuda_compiled {
+    const char *file; /* "forward_sm80.cu" */
+    int block_m, block_n, threads, shared_bytes;
+    const void *cubin;
+    size_t cubin_bytes;
+    const char *log; /* the compiler's, with registers and spills */
+};
+
+/* Compiles what p takes on an architecture (90: compute capability 9.0) unless the directory has
+ * it, and shows each kernel. Needs no GPU. Of the pointers in p it matters which are NULL, and how
+ * they and the strides are aligned. */
+enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
+                               void (*visit)(void *ctx, const struct fa_cuda_compiled *compiled),
+                               void *ctx);
+
+int fa_cuda_device_count(void);
+enum fa_status fa_cuda_device(int device, char *name, size_t name_bytes, int *arch);
+
+/* 13000: CUDA 13.0; 0: there is no driver. */
+int fa_cuda_driver_version(void);
+
+/* The path and version of NVRTC; NULL: there is none. */
+const char *fa_cuda_compiler(int *major, int *minor);
+
+/* Where compiled kernels are kept: $FLASH_ATTN_EXT_CACHE or ~/.cache/flash_attn_ext. */
+const char *fa_cuda_cache_directory(char *path, size_t bytes);
+
+/* The NVRTC to take, unless the process has loaded one. To be called before anything else. */
+void fa_cuda_set_nvrtc(const char *path);
+
+/* What is to be done with warnings; nothing, unless this is called. */
+void fa_cuda_set_warning_handler(void (*handler)(const char *message));
 
 #ifdef __cplusplus
 }

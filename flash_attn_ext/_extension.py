@@ -30,7 +30,19 @@ def _load() -> ModuleType:
             f"flash_attn_ext was built for torch {built_for}, but this is torch "
             f"{torch.__version__}. {_REBUILD}"
         )
-    return importlib.import_module(spec.name)
+    module = importlib.import_module(spec.name)
+    if nvrtc := _find_nvrtc():
+        module.cuda_set_nvrtc(nvrtc)
+    return module
+
+
+def _find_nvrtc() -> str | None:
+    """The NVRTC among the installed packages; if there are several, that of torch's CUDA."""
+    spec = importlib.util.find_spec("nvidia")  # a namespace that NVIDIA's packages share
+    directories = spec.submodule_search_locations if spec else None
+    found = [path for d in directories or () for path in Path(d).glob("*/lib/libnvrtc.so.*")]
+    major = (torch.version.cuda or "").split(".")[0]
+    return str(max(found, key=lambda path: (path.suffix == f".{major}", path))) if found else None
 
 
 _load()

@@ -1,8 +1,8 @@
-"""The operators on devices that have no kernel yet: the tiled walkthrough, registered for them all.
+"""The operators where no kernel fits: the tiled walkthrough, registered for all devices.
 
-Exact and in O(N) memory like the kernels, only slower; so there is no device on which
+Exact and in O(N) memory like the kernels, only slower; so there is no call on which
 scaled_dot_product_attention fails or turns quadratic. PyTorch's dispatcher prefers a kernel that is
-registered for the device itself.
+registered for the device itself; that for CUDA comes back here with what its kernels do not take.
 """
 
 import functools
@@ -11,16 +11,24 @@ import warnings
 import torch
 from torch import Tensor
 
+from . import _C
 from .series import tiled
 
 
 @functools.cache
-def _warn_once(device_type: str) -> None:
+def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"flash_attn_ext has no kernel for {device_type} yet and computes attention there with "
-        "its tiled PyTorch walkthrough: exact, in O(N) memory, but slow",
+        f"flash_attn_ext computes attention with its tiled PyTorch walkthrough, exact and in O(N) "
+        f"memory, but slow: {reason}",
         stacklevel=2,
     )
+
+
+def _warn(device: torch.device) -> None:
+    if device.type == "cuda":
+        _warn_once(_C.cuda_last_error())
+    else:
+        _warn_once(f"it has no kernels for {device.type} yet")
 
 
 @torch.library.impl("flash_attn_ext::attention_forward", "CompositeExplicitAutograd")
@@ -36,7 +44,7 @@ def _attention_forward(
     diagonal_offset: int,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    _warn_once(q.device.type)
+    _warn(q.device)
     window = (window_left, window_right)
     return tiled.forward(q, k, v, mask, rng_state, scale, window, diagonal_offset, dropout_p)
 

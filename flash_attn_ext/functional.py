@@ -170,7 +170,7 @@ def canonicalize(
 def _autocast(query: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does for its list of lower-precision functions, to which attention belongs."""
     tensors, device = (query, *others), query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta: unknown to autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -100,6 +100,10 @@ def _backward_fake(grad_out, q, k, v, mask, rng_state, out, lse, *options):
         return grad if rows_are_contiguous(grad) else t.new_empty(t.shape)
 
     *_, wanted = options
+    torch._check(
+        mask is not None or not wanted[3],
+        lambda: "flash_attn_ext: grad_wanted asks for the gradient of mask, but there is none",
+    )
     grads = [gradient_like(t) if want else t.new_empty(0) for t, want in zip((q, k, v), wanted)]
     return *grads, mask.new_empty(mask.shape) if wanted[3] else q.new_empty(0)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_ext.series import naive
+from flash_attn_ext.series import naive, tiled
 
 Tensor = torch.Tensor
 
@@ -63,6 +63,9 @@ class Case:
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         return self.q, self.k, self.v, self.mask
+
+    def run(self, attention: Callable) -> Tensor:
+        return attention(*self.inputs, **self.options)
 
     def bind(self, attention: Callable) -> Callable:
         """attention as a function of q, k, v and mask alone."""
@@ -159,17 +162,6 @@ def differentiable(x: Tensor | None) -> bool:
     return x is not None and x.is_floating_point()
 
 
-def forward_backward(attention: Callable, inputs, grad_out: Tensor, **options) -> dict[str, Tensor]:
-    """The output and the gradient of every input that has one. Layouts are kept."""
-    leaves = [x.detach().requires_grad_() if differentiable(x) else x for x in inputs]
-    out = attention(*leaves, **options)
-    wanted = {
-        f"d{name}": x for name, x in zip(["q", "k", "v", "mask"], leaves) if differentiable(x)
-    }
-    gradients = torch.autograd.grad(out, list(wanted.values()), grad_out)
-    return {"out": out.detach(), **dict(zip(wanted, gradients))}
-
-
 def convert(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype) if differentiable(x) else x
 
@@ -178,68 +170,120 @@ def max_abs(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def assert_accurate(inputs, attention=kernel_attention, reference=naive_attention, **options):
+def forward_backward(attention: Callable, inputs, grad_out: Tensor) -> dict[str, Tensor]:
+    """The output and the gradient of every input that has one. Layouts are kept."""
+    leaves = [x.detach().requires_grad_() if differentiable(x) else x for x in inputs]
+    out = attention(*leaves)
+    wanted = {f"d{name}": x for name, x in zip("q k v mask".split(), leaves) if differentiable(x)}
+    gradients = torch.autograd.grad(out, list(wanted.values()), grad_out)
+    return {"out": out.detach(), **dict(zip(wanted, gradients))}
+
+
+def assert_accurate(case: Case, attention: Callable = kernel_attention) -> None:
     """max|ours - truth| <= max|standard - truth| + floor, for the output and every gradient.
 
-    The truth is the reference in float64; the standard is the same reference, which is attention
-    as PyTorch's documentation writes it, in our dtype.
+    The truth is naive attention in float64, the standard is naive attention in our dtype.
     """
-    dtype = inputs[0].dtype
+    dtype = case.q.dtype
     with torch.no_grad():
-        grad_out = torch.randn_like(attention(*inputs, **options))
-    ours = forward_backward(attention, inputs, grad_out, **options)
+        grad_out = torch.randn_like(case.run(attention))
+    ours = forward_backward(case.bind(attention), case.inputs, grad_out)
 
-    def reference_in(dtype):
-        converted = [convert(x, dtype) for x in inputs]
-        return forward_backward(reference, converted, grad_out.to(dtype), **options)
+    def naive_in(dtype):
+        inputs = [convert(x, dtype) for x in case.inputs]
+        return forward_backward(case.bind(naive_attention), inputs, grad_out.to(dtype))
 
-    truth = reference_in(torch.float64)
+    truth = naive_in(torch.float64)
     if dtype == torch.float64:
         # The truth has the standard's own error. How large that is shows float32: rounding
         # errors are proportional to epsilon. Twice, since ours and the truth each have it.
-        standard = reference_in(torch.float32)
-        ratio = 2 * EPS[torch.float64] / EPS[torch.float32]
+        standard, ratio = naive_in(torch.float32), 2 * EPS[torch.float64] / EPS[torch.float32]
     else:
-        standard, ratio = reference_in(dtype), 1.0
-    floors = rounding_floors(inputs, grad_out, ours, options.get("scale"))
+        standard, ratio = forward_backward(case.bind(naive_attention), case.inputs, grad_out), 1.0
+    kept = errors_of_what_is_kept(case, grad_out, truth)
+    terms = size_of_terms(case, grad_out)
+
+    # Of two computations with equal care either may be the luckier. Hence a floor:
+    # - one unit in the last place of the largest result;
+    # - in the type that sums are kept in, 2 units more for the sums (of their terms, where these
+    #   cancel), and for the scores: exp makes of an absolute error of S a relative error of P, and
+    #   S, D products summed up one by one and the log-sum-exp taken off, is wrong by up to about
+    #   eps |q| |k|.
+    scores = max_abs(case.q.double().norm(dim=-1)) * max_abs(case.k.double().norm(dim=-1))
+    scores *= abs(case.options["scale"])
+    if differentiable(case.mask):
+        scores += max_abs(case.mask)
 
     for name, expected in truth.items():
-        assert ours[name].shape == expected.shape, name
-        assert ours[name].isfinite().all(), f"{name} is not finite"
-        error = max_abs(ours[name].double() - expected)
-        allowed = ratio * max_abs(standard[name].double() - expected) + floors[name]
+        result = ours[name]
+        assert result.shape == expected.shape, name
+        assert result.isfinite().all(), f"{name} is not finite"
+        error = max_abs(result.double() - expected)
+        standards = ratio * max_abs(standard[name].double() - expected)
+        largest = max_abs(expected)
+        floor = EPS[result.dtype] * largest
+        floor += eps_of_sums(dtype) * (2 + scores) * max(largest, terms.get(name, 0.0))
+        allowed = max(standards, kept[name]) + floor
         assert error <= allowed, (
-            f"{name}: error {error:.3g}, allowed {allowed:.3g} (of it floor {floors[name]:.3g}), "
-            f"largest value {max_abs(expected):.3g}"
+            f"{name}: error {error:.3g}; standard attention's {standards:.3g}, from what is kept "
+            f"{kept[name]:.3g}, floor {floor:.3g}; largest value {max_abs(expected):.3g}"
         )
 
 
-def rounding_floors(
-    inputs, grad_out: Tensor, results: dict[str, Tensor], scale: float | None
-) -> dict[str, float]:
-    """What is left to chance: of two computations with equal care either may be the luckier.
+def size_of_terms(case: Case, grad_out: Tensor) -> dict[str, float]:
+    """What a sum would be if its terms did not cancel: the root of the sum of their squares.
 
-    - Rounding a result: 2 units in the last place of its largest value.
-    - Rounding the scores, in the type that sums are kept in: exp makes of an absolute error of S a
-      relative error of P. Summing D products one by one, S is off by about eps / 2 * |q| |k|.
-    - The gradients of q, k and mask come from dS = P * (dP - delta), which can cancel to nothing
-      (over a single key it is 0). What remains is the rounding of dP, a sum of Dv products of
-      random sign, spread over Sk keys by P.
+    For the output, P V, and for the gradient of a mask that broadcasts, sums of dS. (Over all of a
+    row dS sums up to 0.)
     """
-    q, k, v, mask = inputs
-    eps_sum = EPS[torch.float64 if q.dtype == torch.float64 else torch.float32]
-    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else abs(scale)
-
-    scores = scale * max_abs(q.double().norm(dim=-1)) * max_abs(k.double().norm(dim=-1))
+    q, k, v, mask = (convert(x, torch.float64) for x in case.inputs)
+    group = q.shape[1] // k.shape[1]
+    identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
+    P = naive_attention(q, k, identity, mask=mask, **case.options)  # [B, Hq, Sq, Sk]
+    terms = {"out": max_abs((P.square() @ v.square().repeat_interleave(group, 1)).sqrt())}
     if differentiable(mask):
-        scores += max_abs(mask[mask.isfinite()])
-    dS = max_abs(grad_out) * max_abs(v) * math.sqrt(v.shape[-1] / max(k.shape[-2], 1))
-    cancelled = {"dq": scale * dS * max_abs(k), "dk": scale * dS * max_abs(q), "dmask": dS}
-    return {
-        name: (2 * EPS[result.dtype] + eps_sum * scores / 2) * max_abs(result)
-        + 4 * eps_sum * cancelled.get(name, 0.0)
-        for name, result in results.items()
+        everything = mask.detach().expand(P.shape).clone().requires_grad_()
+        out = naive_attention(q, k, v, mask=everything, **case.options)
+        (dS,) = torch.autograd.grad(out, everything, grad_out.double())
+        terms["dmask"] = max_abs(dS.square().sum_to_size(mask.shape).sqrt())
+    return terms
+
+
+def eps_of_sums(dtype: torch.dtype) -> float:
+    return EPS[torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+def errors_of_what_is_kept(
+    case: Case, grad_out: Tensor, truth: dict[str, Tensor]
+) -> dict[str, float]:
+    """How far off a backward in float64 is if what the forward keeps was rounded on the way.
+
+    Standard attention keeps P; FlashAttention keeps the output and the log-sum-exp, and takes
+    dS = P * (dP - delta) from delta = dO . O. Where that cancels (over a single key dS is 0), the
+    rounding of O to our dtype remains, and the rounding of dP and delta while they are summed up.
+    Both are random; taken here is four times their standard deviation, all with one sign.
+    """
+    dtype, eps_sum = case.q.dtype, eps_of_sums(case.q.dtype)
+    q, k, v, mask = (convert(x, torch.float64) for x in case.inputs)
+    dO = grad_out.double()
+    options = dict(case.options)
+    rng_state = options.pop("rng_state", None)
+    out, lse = tiled.forward(q, k, v, mask, rng_state, **options)
+
+    eps = 1.5 * (EPS[dtype] / math.sqrt(v.shape[-1]) + eps_sum)
+    out = out + eps * out.abs() * dO.sign()
+    lse = lse * (1 + eps_sum)
+    gradients = tiled.backward(
+        dO, q, k, v, mask, rng_state, out, lse, **options, mask_grad=differentiable(mask)
+    )
+    errors = {
+        name: max_abs(gradient - truth[name])
+        for name, gradient in zip(("dq", "dk", "dv", "dmask"), gradients)
+        if gradient is not None
     }
+    if "dmask" in errors:  # a sum of rows whose errors have random signs in fact
+        errors["dmask"] /= math.sqrt(lse.numel() * mask.shape[-1] / mask.numel())
+    return {"out": 0.0, **errors}
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -19,13 +19,13 @@ from helpers import (
 @pytest.mark.parametrize("feature", ["", *FEATURES])
 def test_feature(feature, dtype, device):
     case = make_case(feature, dtype=dtype, device=device)
-    assert_accurate(case.inputs, **case.options)
+    assert_accurate(case)
 
 
 @pytest.mark.parametrize("features", FEATURE_PAIRS)
 def test_pair_of_features(features, device):
     case = make_case(features, device=device)
-    assert_accurate(case.inputs, **case.options)
+    assert_accurate(case)
 
 
 @pytest.mark.parametrize("features", ["", *FEATURES, *FEATURE_PAIRS])
@@ -44,7 +44,7 @@ def test_gradcheck(features, device):
 def test_flat_and_peaked_softmax(magnitude, dtype, device):
     case = make_case("causal", dtype=dtype, device=device)
     case.options["scale"] *= magnitude
-    assert_accurate(case.inputs, **case.options)
+    assert_accurate(case)
 
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
@@ -52,7 +52,7 @@ def test_scores_far_from_zero(offset, device):
     """exp of them overflows or vanishes; only the maximum taken off first gives the softmax."""
     case = make_case("bias", device=device)
     case.mask += offset
-    assert_accurate(case.inputs, **case.options)
+    assert_accurate(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,7 +60,7 @@ def test_long_sequences(dtype, device):
     case = make_case(
         "causal", dtype=dtype, device=device, batch=1, heads=1, seq_q=1030, seq_k=1030, head_dim=64
     )
-    assert_accurate(case.inputs, **case.options)
+    assert_accurate(case)
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "mask", "qk", "kv", "qv"])

@@ -63,7 +63,7 @@ def test_keep_rate(dropout_p, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy(features, dtype, device):
     case = make_case(features, dtype=dtype, device=device)
-    assert_accurate(case.inputs, **case.options)
+    assert_accurate(case)
 
 
 # --- through the Python API ------------------------------------------------------------------

@@ -28,11 +28,14 @@ SHAPES = [  # (seq_q, seq_k), with features that meet their edges there
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shapes(isa, dtype, head_dim):
+    heads = 2 if head_dim >= 8 else 16  # the largest of few errors would be a matter of luck
     for seq_q, seq_k, features in SHAPES:
-        case = make_case(
-            features, dtype=dtype, batch=1, heads=2, seq_q=seq_q, seq_k=seq_k, head_dim=head_dim
-        )
-        assert_accurate(case.inputs, **case.options)
+        assert_accurate(
+            make_case(
+                features, dtype=dtype, batch=1, heads=heads, seq_q=seq_q, seq_k=seq_k,
+                head_dim=head_dim,
+            )
+        )  # fmt: skip
 
 
 def test_environment_variable_forces_an_isa(isa):
@@ -50,7 +53,7 @@ def test_environment_variable_with_an_unknown_isa():
         FLASH_ATTN_EXT_ISA="abacus",
     )
     assert process.returncode == 1  # an exception, no signal
-    assert "FLASH_ATTN_EXT_ISA" in process.stderr and "abacus" in process.stderr
+    assert "FLASH_ATTN_EXT_ISA" in process.stderr and "unknown" in process.stderr
 
 
 def test_set_isa_refuses_an_unknown_one():

@@ -1,6 +1,5 @@
 """enable(): models that know nothing of flash_attn_ext use it, and disable() leaves no trace."""
 
-import copy
 import threading
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import RecordOps
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.functional import scaled_dot_product_attention as imported_earlier
 
 import flash_attn_ext
@@ -237,12 +237,19 @@ def test_compiled_model_while_enabled():
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     x = torch.randn(2, 9, 16)
     expected = layer(x)
+    targets = []
+
+    def compiler(graph, example_inputs):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph
+
     torch._dynamo.reset()
     with flash_attn_ext.enabled():
-        compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+        backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
         torch.testing.assert_close(compiled(x), expected)
-        assert used_ours(lambda: compiled(x))
     torch._dynamo.reset()
+    assert torch.ops.flash_attn_ext.attention_forward.default in targets
 
 
 def test_other_threads_see_it_too():

@@ -63,7 +63,7 @@ def cases(draw) -> Case:
 @settings(max_examples=300)
 @given(case=cases())
 def test_accuracy(case):
-    assert_accurate(case.inputs, **case.options)
+    assert_accurate(case)
 
 
 @settings(max_examples=150)

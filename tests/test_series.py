@@ -27,7 +27,7 @@ def tiled_attention(q, k, v, mask=None, **options):
 @pytest.mark.parametrize("features", ["", "causal", "bool_mask", "bias", "grouped+wide_v"])
 def test_naive_is_sdpa(features, device):
     case = make_case(features, dtype=torch.float64, device=device)
-    ours = case.bind(naive_attention)(*case.inputs)
+    ours = case.run(naive_attention)
     theirs = F.scaled_dot_product_attention(
         case.q, case.k, case.v, case.mask, is_causal="causal" in features, enable_gqa=True
     )
@@ -50,9 +50,7 @@ def test_visible_is_the_contract(window, diagonal_offset, device):
 def test_naive_row_that_attends_to_nothing(device):
     case = make_case("bool_mask", dtype=torch.float64, device=device)
     case.mask[:, :, 4] = False
-    results = forward_backward(
-        naive_attention, case.inputs, torch.ones_like(case.q), **case.options
-    )
+    results = forward_backward(case.bind(naive_attention), case.inputs, torch.ones_like(case.q))
     assert not results["out"][:, :, 4].any() and not results["dq"][:, :, 4].any()
     assert all(result.isfinite().all() for result in results.values())
 
@@ -92,7 +90,7 @@ def test_online_softmax_by_blocks(block_n):
 @pytest.mark.parametrize("feature", ["", *FEATURES])
 def test_tiled_is_naive(feature, dtype, device):
     case = make_case(feature, dtype=dtype, device=device)
-    assert_accurate(case.inputs, tiled_attention, **case.options)
+    assert_accurate(case, tiled_attention)
 
 
 @pytest.mark.parametrize("blocks", [(1, 1), (7, 16), (64, 33), (1000, 1000)], ids=str)

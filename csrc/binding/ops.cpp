@@ -1,19 +1,14 @@
-// The operators: their schemas, and the CPU implementation that checks the arguments, describes
-// them in a fa_params and hands that to the C kernels. All that reaches csrc/cpu is valid.
+// The operators: their schemas, and what every device does with their arguments. They are checked
+// and described in a fa_params here; all that reaches the kernels is valid.
 #include "ops.h"
 
 #include <limits>
 
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/CPUAllocator.h>
-#include <c10/core/alignment.h>
 #include <torch/library.h>
-
-#include "../flash_attention.h"
 
 namespace flash_attn_ext {
 namespace {
@@ -50,6 +45,11 @@ void check_like(const char *name, const Tensor &t, at::IntArrayRef sizes, at::Sc
                 ", but got ", t.scalar_type());
 }
 
+void check_device(const char *name, const Tensor &t, const Tensor &q) {
+    TORCH_CHECK(t.device() == q.device(), "flash_attn_ext: ", name, " must be on the device of q (",
+                q.device(), "), but is on ", t.device());
+}
+
 bool rows_are_contiguous(const Tensor &t) {
     return t.size(-1) <= 1 || t.stride(-1) == 1;
 }
@@ -72,143 +72,134 @@ int64_t broadcast_stride(const Tensor &mask, int64_t dim) {
     return mask.size(dim) == 1 ? 0 : mask.stride(dim);
 }
 
-void run_on_torch_threads(void (*body)(void *, int), void *ctx, int num_threads) {
-    at::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t id = begin; id < end; id++)
-            body(ctx, static_cast<int>(id));
-    });
+// Memory for the gradient of t, in t's order of dimensions where that keeps rows contiguous.
+Tensor empty_gradient(const Tensor &t, bool wanted) {
+    if (!wanted)
+        return at::empty({0}, t.options());
+    const Tensor grad = at::empty_like(t);
+    return rows_are_contiguous(grad) ? grad : at::empty(t.sizes(), t.options());
 }
 
-// The inputs that forward and backward share: checked, with contiguous rows, described in `params`.
-struct Inputs {
-    Tensor q, k, v, mask, rng_state; // keep alive what params points to; undefined: none
-    fa_params params{};
+} // namespace
 
-    Inputs(const Tensor &q_, const Tensor &k_, const Tensor &v_, const OptionalTensor &mask_,
-           const OptionalTensor &rng_state_, double scale, int64_t window_left,
-           int64_t window_right, int64_t diagonal_offset, double dropout_p) {
-        set_qkv(q_, k_, v_);
-        if (mask_)
-            set_mask(*mask_);
-        set_window(window_left, window_right, diagonal_offset);
-        set_dropout(dropout_p, rng_state_);
-        params.scale = scale;
-        params.deterministic = at::globalContext().deterministicAlgorithms();
-        params.executor = {at::in_parallel_region() ? 1 : at::get_num_threads(),
-                           run_on_torch_threads};
-    }
-
-    at::DimVector out_sizes() const { return {q.size(0), q.size(1), q.size(2), v.size(3)}; }
-    at::DimVector lse_sizes() const { return {q.size(0), q.size(1), q.size(2)}; }
-    bool no_scores() const { return q.size(0) * q.size(1) * q.size(2) * k.size(2) == 0; }
-
-private:
-    void set_qkv(const Tensor &q_, const Tensor &k_, const Tensor &v_) {
-        TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4 && v_.dim() == 4,
-                    "flash_attn_ext: q, k and v must be 4-dimensional [batch, heads, length, head "
-                    "size], but got q ",
-                    q_.sizes(), ", k ", k_.sizes(), " and v ", v_.sizes());
-        TORCH_CHECK(q_.scalar_type() == k_.scalar_type() && q_.scalar_type() == v_.scalar_type(),
-                    "flash_attn_ext: q, k and v must have the same dtype, but got q ",
-                    q_.scalar_type(), ", k ", k_.scalar_type(), " and v ", v_.scalar_type());
-        const int64_t heads_q = q_.size(1), heads_k = k_.size(1);
-        TORCH_CHECK(k_.size(0) == q_.size(0) && v_.size(0) == q_.size(0),
-                    "flash_attn_ext: q, k and v must have the same batch size, but got q ",
-                    q_.sizes(), ", k ", k_.sizes(), " and v ", v_.sizes());
-        TORCH_CHECK(v_.size(1) == heads_k && v_.size(2) == k_.size(2),
-                    "flash_attn_ext: k and v must have the same heads and length, but got k ",
-                    k_.sizes(), " and v ", v_.sizes());
-        TORCH_CHECK(heads_k > 0 ? heads_q % heads_k == 0 : heads_q == 0,
-                    "flash_attn_ext: the heads of q must be a multiple of those of k and v, but "
-                    "got q ",
-                    q_.sizes(), " and k ", k_.sizes());
-        TORCH_CHECK(k_.size(3) == q_.size(3),
-                    "flash_attn_ext: q and k must have the same head size, but got q ", q_.sizes(),
-                    " and k ", k_.sizes());
-        q = with_contiguous_rows(q_);
-        k = with_contiguous_rows(k_);
-        v = with_contiguous_rows(v_);
-        params.dtype = dtype_of("q", q);
-        params.batch = q.size(0);
-        params.heads_q = heads_q;
-        params.heads_k = heads_k;
-        params.seq_q = q.size(2);
-        params.seq_k = k.size(2);
-        params.head_dim = q.size(3);
-        params.head_dim_v = v.size(3);
-        params.q = input(q);
-        params.k = input(k);
-        params.v = input(v);
-    }
-
-    void set_mask(const Tensor &mask_) {
-        const at::DimVector full = {q.size(0), q.size(1), q.size(2), k.size(2)};
-        bool broadcasts = mask_.dim() == 4;
-        for (int64_t d = 0; broadcasts && d < 4; d++)
-            broadcasts = mask_.size(d) == 1 || mask_.size(d) == full[d];
-        TORCH_CHECK(broadcasts, "flash_attn_ext: mask must have 4 dimensions, each 1 or as in ",
-                    at::IntArrayRef(full),
-                    " [batch, heads of q, length of q, length of k], but "
-                    "got ",
-                    mask_.sizes());
-        const auto dtype = mask_.scalar_type();
-        TORCH_CHECK(dtype == at::kBool || dtype == at::kFloat || dtype == q.scalar_type(),
-                    "flash_attn_ext: mask must have dtype bool, float32 or that of q (",
-                    q.scalar_type(), "), but got ", dtype);
-        mask = mask_;
-        params.mask = {
-            mask.const_data_ptr(),     dtype == at::kBool ? FA_BOOL : dtype_of("mask", mask),
-            broadcast_stride(mask, 0), broadcast_stride(mask, 1),
-            broadcast_stride(mask, 2), broadcast_stride(mask, 3)};
-    }
-
-    void set_window(int64_t left, int64_t right, int64_t diagonal_offset) {
-        TORCH_CHECK(-kFar <= diagonal_offset && diagonal_offset <= kFar,
-                    "flash_attn_ext: diagonal_offset must be between -2**40 and 2**40, but got ",
-                    diagonal_offset);
-        const auto limit = [](int64_t window) { return window > 4 * kFar ? FA_NO_LIMIT : window; };
-        params.window_left = limit(left);
-        params.window_right = limit(right);
-        params.diagonal_offset = diagonal_offset;
-    }
-
-    void set_dropout(double dropout_p, const OptionalTensor &rng_state_) {
-        TORCH_CHECK(0 <= dropout_p && dropout_p <= 1,
-                    "flash_attn_ext: dropout_p must be between 0 and 1, but got ", dropout_p);
-        if (dropout_p == 0)
-            return;
-        TORCH_CHECK(rng_state_.has_value(),
-                    "flash_attn_ext: rng_state must be given where dropout_p > 0");
-        check_like("rng_state", *rng_state_, {2}, at::kLong);
-        rng_state = rng_state_->contiguous();
-        params.dropout_p = dropout_p;
-        params.rng_state = static_cast<const uint64_t *>(rng_state.const_data_ptr());
-    }
-};
-
-// Runs fa_cpu_forward or fa_cpu_backward, with the workspace it asks for.
-void launch(fa_params &params, size_t (*workspace_bytes)(const fa_params *),
-            fa_status (*kernel)(const fa_params *)) {
-    const char *reason = nullptr;
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        fa_cpu_supports(&params, &reason) == FA_OK,
-        "flash_attn_ext: the CPU kernels do not support this call: ", reason);
-    static_assert(c10::gAlignment >= 64, "the kernels are promised an aligned workspace");
-    params.workspace_bytes = workspace_bytes(&params);
-    const at::DataPtr workspace = c10::GetCPUAllocator()->allocate(params.workspace_bytes);
-    params.workspace = workspace.get();
-    const fa_status status = kernel(&params);
-    TORCH_CHECK(status == FA_OK, "flash_attn_ext: the CPU kernel failed with status ",
-                static_cast<int>(status));
+Inputs::Inputs(const Tensor &q, const Tensor &k, const Tensor &v, const OptionalTensor &mask,
+               const OptionalTensor &rng_state, double scale, int64_t window_left,
+               int64_t window_right, int64_t diagonal_offset, double dropout_p) {
+    set_qkv(q, k, v);
+    if (mask)
+        set_mask(*mask);
+    set_window(window_left, window_right, diagonal_offset);
+    set_dropout(dropout_p, rng_state);
+    params.scale = scale;
+    params.deterministic = at::globalContext().deterministicAlgorithms();
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor &q, const Tensor &k, const Tensor &v,
-                                             const OptionalTensor &mask,
-                                             const OptionalTensor &rng_state, double scale,
-                                             int64_t window_left, int64_t window_right,
-                                             int64_t diagonal_offset, double dropout_p) {
-    Inputs inputs(q, k, v, mask, rng_state, scale, window_left, window_right, diagonal_offset,
-                  dropout_p);
+void Inputs::set_qkv(const Tensor &q_, const Tensor &k_, const Tensor &v_) {
+    TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4 && v_.dim() == 4,
+                "flash_attn_ext: q, k and v must be 4-dimensional [batch, heads, length, head "
+                "size], but got q ",
+                q_.sizes(), ", k ", k_.sizes(), " and v ", v_.sizes());
+    TORCH_CHECK(q_.scalar_type() == k_.scalar_type() && q_.scalar_type() == v_.scalar_type(),
+                "flash_attn_ext: q, k and v must have the same dtype, but got q ", q_.scalar_type(),
+                ", k ", k_.scalar_type(), " and v ", v_.scalar_type());
+    const int64_t heads_q = q_.size(1), heads_k = k_.size(1);
+    TORCH_CHECK(k_.size(0) == q_.size(0) && v_.size(0) == q_.size(0),
+                "flash_attn_ext: q, k and v must have the same batch size, but got q ", q_.sizes(),
+                ", k ", k_.sizes(), " and v ", v_.sizes());
+    TORCH_CHECK(v_.size(1) == heads_k && v_.size(2) == k_.size(2),
+                "flash_attn_ext: k and v must have the same heads and length, but got k ",
+                k_.sizes(), " and v ", v_.sizes());
+    TORCH_CHECK(heads_k > 0 ? heads_q % heads_k == 0 : heads_q == 0,
+                "flash_attn_ext: the heads of q must be a multiple of those of k and v, but "
+                "got q ",
+                q_.sizes(), " and k ", k_.sizes());
+    TORCH_CHECK(k_.size(3) == q_.size(3),
+                "flash_attn_ext: q and k must have the same head size, but got q ", q_.sizes(),
+                " and k ", k_.sizes());
+    check_device("k", k_, q_);
+    check_device("v", v_, q_);
+    q = with_contiguous_rows(q_);
+    k = with_contiguous_rows(k_);
+    v = with_contiguous_rows(v_);
+    params.device = q.get_device();
+    params.dtype = dtype_of("q", q);
+    params.batch = q.size(0);
+    params.heads_q = heads_q;
+    params.heads_k = heads_k;
+    params.seq_q = q.size(2);
+    params.seq_k = k.size(2);
+    params.head_dim = q.size(3);
+    params.head_dim_v = v.size(3);
+    params.q = input(q);
+    params.k = input(k);
+    params.v = input(v);
+}
+
+void Inputs::set_mask(const Tensor &mask_) {
+    const at::DimVector full = {q.size(0), q.size(1), q.size(2), k.size(2)};
+    bool broadcasts = mask_.dim() == 4;
+    for (int64_t d = 0; broadcasts && d < 4; d++)
+        broadcasts = mask_.size(d) == 1 || mask_.size(d) == full[d];
+    TORCH_CHECK(broadcasts, "flash_attn_ext: mask must have 4 dimensions, each 1 or as in ",
+                at::IntArrayRef(full),
+                " [batch, heads of q, length of q, length of k], but "
+                "got ",
+                mask_.sizes());
+    const auto dtype = mask_.scalar_type();
+    TORCH_CHECK(dtype == at::kBool || dtype == at::kFloat || dtype == q.scalar_type(),
+                "flash_attn_ext: mask must have dtype bool, float32 or that of q (",
+                q.scalar_type(), "), but got ", dtype);
+    check_device("mask", mask_, q);
+    mask = mask_;
+    params.mask = {mask.const_data_ptr(),     dtype == at::kBool ? FA_BOOL : dtype_of("mask", mask),
+                   broadcast_stride(mask, 0), broadcast_stride(mask, 1),
+                   broadcast_stride(mask, 2), broadcast_stride(mask, 3)};
+}
+
+void Inputs::set_window(int64_t left, int64_t right, int64_t diagonal_offset) {
+    TORCH_CHECK(-kFar <= diagonal_offset && diagonal_offset <= kFar,
+                "flash_attn_ext: diagonal_offset must be between -2**40 and 2**40, but got ",
+                diagonal_offset);
+    const auto limit = [](int64_t window) { return window > 4 * kFar ? FA_NO_LIMIT : window; };
+    params.window_left = limit(left);
+    params.window_right = limit(right);
+    params.diagonal_offset = diagonal_offset;
+}
+
+void Inputs::set_dropout(double dropout_p, const OptionalTensor &rng_state_) {
+    TORCH_CHECK(0 <= dropout_p && dropout_p <= 1,
+                "flash_attn_ext: dropout_p must be between 0 and 1, but got ", dropout_p);
+    if (dropout_p == 0)
+        return;
+    TORCH_CHECK(rng_state_.has_value(),
+                "flash_attn_ext: rng_state must be given where dropout_p > 0");
+    check_like("rng_state", *rng_state_, {2}, at::kLong);
+    check_device("rng_state", *rng_state_, q);
+    rng_state = rng_state_->contiguous();
+    params.dropout_p = dropout_p;
+    params.rng_state = static_cast<const uint64_t *>(rng_state.const_data_ptr());
+}
+
+BackwardInputs::BackwardInputs(const Tensor &grad_out_, const Tensor &out_, const Tensor &lse_,
+                               Inputs inputs)
+    : Inputs(std::move(inputs)) {
+    const at::DimVector out_sizes = {q.size(0), q.size(1), q.size(2), v.size(3)};
+    check_like("grad_out", grad_out_, out_sizes, q.scalar_type());
+    check_like("out", out_, out_sizes, q.scalar_type());
+    check_like("lse", lse_, lse_sizes(), acc_dtype(q));
+    check_device("grad_out", grad_out_, q);
+    check_device("out", out_, q);
+    check_device("lse", lse_, q);
+    grad_out = with_contiguous_rows(grad_out_);
+    out = with_contiguous_rows(out_);
+    lse = lse_.contiguous();
+    params.dout = input(grad_out);
+    params.out = input(out);
+    params.lse = const_cast<void *>(lse.const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch) {
+    const auto &[q, k, v] = std::tie(inputs.q, inputs.k, inputs.v);
     // [B, Hq, Sq, Dv] on memory [B, Sq, Hq, Dv]: joining the heads afterwards needs no copy.
     const Tensor out =
         at::empty({q.size(0), q.size(2), q.size(1), v.size(3)}, q.options()).transpose(1, 2);
@@ -220,50 +211,29 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor &q, const Tensor &k, c
     }
     inputs.params.out = output(out);
     inputs.params.lse = lse.mutable_data_ptr();
-    launch(inputs.params, fa_cpu_forward_workspace, fa_cpu_forward);
+    launch(inputs.params);
     return {out, lse};
 }
 
-// Memory for the gradient of t, in t's order of dimensions where that keeps rows contiguous.
-Tensor empty_gradient(const Tensor &t, bool wanted) {
-    if (!wanted)
-        return at::empty({0}, t.options());
-    const Tensor grad = at::empty_like(t);
-    return rows_are_contiguous(grad) ? grad : at::empty(t.sizes(), t.options());
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor>
-attention_backward(const Tensor &grad_out, const Tensor &q, const Tensor &k, const Tensor &v,
-                   const OptionalTensor &mask, const OptionalTensor &rng_state, const Tensor &out,
-                   const Tensor &lse, double scale, int64_t window_left, int64_t window_right,
-                   int64_t diagonal_offset, double dropout_p, std::array<bool, 4> grad_wanted) {
-    Inputs inputs(q, k, v, mask, rng_state, scale, window_left, window_right, diagonal_offset,
-                  dropout_p);
-    check_like("grad_out", grad_out, inputs.out_sizes(), q.scalar_type());
-    check_like("out", out, inputs.out_sizes(), q.scalar_type());
-    check_like("lse", lse, inputs.lse_sizes(), acc_dtype(q));
+run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *launch) {
+    const auto &[q, k, v, mask] = std::tie(inputs.q, inputs.k, inputs.v, inputs.mask);
     const bool mask_wanted = grad_wanted[3];
-    TORCH_CHECK(!mask_wanted || (mask && mask->scalar_type() != at::kBool),
+    TORCH_CHECK(!mask_wanted || (mask.defined() && mask.scalar_type() != at::kBool),
                 "flash_attn_ext: grad_wanted asks for the gradient of mask, which must then be a "
                 "floating-point tensor");
 
-    const Tensor dq = empty_gradient(inputs.q, grad_wanted[0]);
-    const Tensor dk = empty_gradient(inputs.k, grad_wanted[1]);
-    const Tensor dv = empty_gradient(inputs.v, grad_wanted[2]);
+    const Tensor dq = empty_gradient(q, grad_wanted[0]);
+    const Tensor dk = empty_gradient(k, grad_wanted[1]);
+    const Tensor dv = empty_gradient(v, grad_wanted[2]);
     const Tensor dmask =
-        mask_wanted ? at::zeros(mask->sizes(), lse.options()) : at::empty({0}, q.options());
+        mask_wanted ? at::zeros(mask.sizes(), inputs.lse.options()) : at::empty({0}, q.options());
     if (inputs.no_scores()) {
         dq.zero_();
         dk.zero_();
         dv.zero_();
     } else if (grad_wanted != std::array<bool, 4>{}) {
-        const Tensor grad_out_rows = with_contiguous_rows(grad_out);
-        const Tensor out_rows = with_contiguous_rows(out);
-        const Tensor lse_rows = lse.contiguous();
         fa_params &params = inputs.params;
-        params.dout = input(grad_out_rows);
-        params.out = input(out_rows);
-        params.lse = const_cast<void *>(lse_rows.const_data_ptr());
         if (grad_wanted[0])
             params.dq = output(dq);
         if (grad_wanted[1])
@@ -274,12 +244,10 @@ attention_backward(const Tensor &grad_out, const Tensor &q, const Tensor &k, con
             params.dmask = {dmask.mutable_data_ptr(), broadcast_stride(dmask, 0),
                             broadcast_stride(dmask, 1), broadcast_stride(dmask, 2),
                             broadcast_stride(dmask, 3)};
-        launch(params, fa_cpu_backward_workspace, fa_cpu_backward);
+        launch(params);
     }
-    return {dq, dk, dv, mask_wanted ? dmask.to(mask->scalar_type()) : dmask};
+    return {dq, dk, dv, mask_wanted ? dmask.to(mask.scalar_type()) : dmask};
 }
-
-} // namespace
 
 TORCH_LIBRARY(flash_attn_ext, m) {
     m.def("attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? rng_state, "
@@ -291,11 +259,6 @@ TORCH_LIBRARY(flash_attn_ext, m) {
           "SymInt window_right, SymInt diagonal_offset, float dropout_p, bool[4] grad_wanted) "
           "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)",
           {at::Tag::pt2_compliant_tag});
-}
-
-TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) {
-    m.impl("attention_forward", attention_forward);
-    m.impl("attention_backward", attention_backward);
 }
 
 } // namespace flash_attn_ext

@@ -10,15 +10,15 @@
  * is left; dQ is added up in a buffer that the task has for itself. */
 
 struct T(backward_scratch) {
-    operand *Qt, *dOt;     /* [D / DEPTH][ld], [Dv / DEPTH][ld] */
-    real *S, *dP;          /* [block_n][ld]; they become P' and dS */
-    real *edit;            /* [block_n][ld], a mask, then dropout */
-    operand *pairs;        /* P' or dS, where operands are not reals */
-    operand *Ka, *Va;      /* [block_n][operand_ld], where not in place; A of K Q^T and V dO^T */
+    operand *Qt, *dOt;      /* [D / DEPTH][ld], [Dv / DEPTH][ld] */
+    real *S, *dP;           /* [block_n][ld]; they become P' and dS */
+    real *edit;             /* [block_n][ld], a mask, then dropout */
+    operand *pairs;         /* P' or dS, where operands are not reals */
+    operand *Ka, *Va;       /* [block_n][operand_ld], where not in place; A of K Q^T and V dO^T */
     operand *Kb, *Qb, *dOb; /* panels, where not in place; B of dQ, dK and dV */
-    real *dK, *dV;         /* [block_n][ld_dk], [block_n][ld_dv] */
-    real *lse_log2e;       /* [block_m] */
-    real *delta;           /* [block_m] */
+    real *dK, *dV;          /* [block_n][ld_dk], [block_n][ld_dv] */
+    real *lse;              /* [block_m] */
+    real *delta;            /* [block_m] */
     int64_t ld_dk, ld_dv;
 };
 
@@ -44,7 +44,7 @@ static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const str
     s->dOb = TAKE(operand, ld / DEPTH * T(panel_ld)(dv));
     s->dK = TAKE(real, n * s->ld_dk);
     s->dV = TAKE(real, n * s->ld_dv);
-    s->lse_log2e = TAKE(real, ld);
+    s->lse = TAKE(real, ld);
     s->delta = TAKE(real, ld);
 #undef TAKE
     return (size_t)(cursor - (uintptr_t)memory);
@@ -65,7 +65,7 @@ static size_t T(backward_dq_bytes)(const struct fa_params *p) {
 static void T(load_row_statistics)(const struct T(backward_scratch) * s, const struct fa_params *p,
                                    int64_t batch, const struct T(queries) * queries) {
     for (int r = 0; r < queries->ld; r++) {
-        s->lse_log2e[r] = (real)INFINITY;
+        s->lse[r] = (real)INFINITY;
         s->delta[r] = 0;
         if (r >= queries->count)
             continue;
@@ -73,7 +73,7 @@ static void T(load_row_statistics)(const struct T(backward_scratch) * s, const s
         const real lse = ((const real *)p->lse)[(batch * p->heads_q + h) * p->seq_q + i];
         if (lse == (real)-INFINITY)
             continue;
-        s->lse_log2e[r] = lse * (real)FA_LOG2E;
+        s->lse[r] = lse;
         const elem *O = T(at)(&p->out, batch, h, i), *dO = T(at)(&p->dout, batch, h, i);
         vec sum = V(set1)(0);
         int64_t d = 0;
@@ -86,15 +86,16 @@ static void T(load_row_statistics)(const struct T(backward_scratch) * s, const s
     }
 }
 
-/* S becomes P = 2^(S * scale_log2e - lse) and dP becomes dS; with dropout, S becomes P'. */
-static void T(probabilities_and_dS)(real *S, real *dP, int keys, int ld, real scale_log2e,
-                                    const real *lse_log2e, const real *delta, const real *keep) {
-    const vec c = V(set1)(scale_log2e);
+/* S becomes P = exp(S * scale - lse) and dP becomes dS; with dropout, S becomes P'. P is at
+ * most 1 also where scores are so large that lse has lost the difference. */
+static void T(probabilities_and_dS)(real *S, real *dP, int keys, int ld, real scale,
+                                    const real *lse, const real *delta, const real *keep) {
+    const vec zero = V(set1)(0), negative_c = V(set1)(-scale);
     for (int j = 0; j < keys; j++) {
         for (int r = 0; r < ld; r += LANES) {
             const int64_t x = (int64_t)j * ld + r;
-            const vec negative_lse = V(set1)(0) - V(load)(lse_log2e + r);
-            const vec P = exp2_vec(V(fma)(V(load)(S + x), c, negative_lse));
+            const vec below = V(max)(zero, V(fma)(V(load)(S + x), negative_c, V(load)(lse + r)));
+            const vec P = exp_vec(zero - below);
             vec dPx = V(load)(dP + x);
             if (keep) {
                 const vec kept = V(load)(keep + x);
@@ -110,7 +111,8 @@ static void T(probabilities_and_dS)(real *S, real *dP, int keys, int ld, real sc
 
 /* rows [0, count) of dst = scale * src. */
 static void T(store_gradient)(const struct fa_tensor *dst, int64_t b, int64_t h, int64_t i,
-                              int64_t count, int64_t cols, const real *src, int64_t ld, real scale) {
+                              int64_t count, int64_t cols, const real *src, int64_t ld,
+                              real scale) {
     const vec f = V(set1)(scale);
     for (int64_t r = 0; r < count; r++) {
         elem *row = T(at)(dst, b, h, i + r);
@@ -147,16 +149,16 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
     gemm(s->dP, ld, tile->Va + skip * tile->ld_va, tile->ld_va, 1, s->dOt, ld, keys, ld,
          fa_div_up(p->head_dim_v, DEPTH), 0);
 
-    real scale_log2e = (real)(p->scale * FA_LOG2E);
+    real scale = (real)p->scale;
     if (p->mask.data || T(window_cuts)(p, queries, key, keys)) {
         if (p->mask.data)
             T(load_mask)(s->edit, p, batch, queries, key, keys);
-        T(edit_scores)(s->S, p, queries, key, keys, scale_log2e, p->mask.data ? s->edit : NULL);
-        scale_log2e = 1;
+        T(edit_scores)(s->S, p, queries, key, keys, scale, p->mask.data ? s->edit : NULL);
+        scale = 1;
     }
     if (p->dropout_p > 0)
         T(draw_dropout)(s->edit, p, batch, queries, key, keys);
-    T(probabilities_and_dS)(s->S, s->dP, keys, ld, scale_log2e, s->lse_log2e, s->delta,
+    T(probabilities_and_dS)(s->S, s->dP, keys, ld, scale, s->lse, s->delta,
                             p->dropout_p > 0 ? s->edit : NULL);
     const real *P = s->S, *dS = s->dP;
 
@@ -198,8 +200,7 @@ static void T(backward_keys)(const struct fa_params *p, const struct fa_key_shar
         const elem *K = T(at)(&p->k, b, hk, first), *V = T(at)(&p->v, b, hk, first);
         tile.Ka = T(rows_operand)(K, p->k.stride_row, tile.keys, p->head_dim, s.Ka, &tile.ld_ka);
         tile.Va = T(rows_operand)(V, p->v.stride_row, tile.keys, p->head_dim_v, s.Va, &tile.ld_va);
-        tile.Kb =
-            T(panel_operand)(K, p->k.stride_row, tile.keys, &tile.cols_kb, s.Kb, &tile.ld_kb);
+        tile.Kb = T(panel_operand)(K, p->k.stride_row, tile.keys, &tile.cols_kb, s.Kb, &tile.ld_kb);
         memset(s.dK, 0, (size_t)(tile.keys * s.ld_dk) * sizeof(real));
         memset(s.dV, 0, (size_t)(tile.keys * s.ld_dv) * sizeof(real));
 

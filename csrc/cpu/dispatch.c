@@ -30,7 +30,8 @@ static int has_avx512_bf16(void) {
 }
 #endif
 
-static const struct isa isas[] = { /* best first */
+static const struct isa isas[] = {
+/* best first */
 #ifdef __x86_64__
     {"avx512_bf16", has_avx512_bf16, fa_cpu_avx512},
     {"avx512", has_avx512, fa_cpu_avx512},
@@ -92,10 +93,10 @@ const struct fa_cpu_kernels *fa_cpu_kernels_for(enum fa_dtype dtype) {
 enum fa_status fa_cpu_supports(const struct fa_params *p, const char **reason) {
     const char *ignored;
     reason = reason ? reason : &ignored;
-#define REQUIRE(CONDITION, STATUS, REASON)                                                           \
-    if (!(CONDITION)) {                                                                              \
-        *reason = REASON;                                                                            \
-        return STATUS;                                                                               \
+#define REQUIRE(CONDITION, STATUS, REASON)                                                         \
+    if (!(CONDITION)) {                                                                            \
+        *reason = REASON;                                                                          \
+        return STATUS;                                                                             \
     }
     REQUIRE(p->dtype == FA_FLOAT32 || p->dtype == FA_FLOAT64 || p->dtype == FA_BFLOAT16 ||
                 p->dtype == FA_FLOAT16,

@@ -3,16 +3,16 @@
  * rescaled on line, and no more than block_n x block_m scores exist at a time. */
 
 struct T(forward_scratch) {
-    operand *Qt;    /* [D / DEPTH][ld] */
-    real *S;        /* [block_n][ld]; becomes P */
-    real *edit;     /* [block_n][ld], a mask, then dropout */
-    real *O;        /* [rows][ld_o] */
-    operand *K;     /* [block_n][operand_ld(D)], where K cannot be read in place */
-    operand *V;     /* [block_n / DEPTH][panel_ld(Dv)], likewise */
-    operand *P;     /* [block_n / DEPTH][ld], where operands are not reals */
-    real *m, *l;    /* [block_m] running row maximum (log2-scaled) and row sum */
-    real *rescale;  /* [block_m] */
-    int64_t ld_o;   /* Dv rounded up to whole vectors */
+    operand *Qt;   /* [D / DEPTH][ld] */
+    real *S;       /* [block_n][ld]; becomes P */
+    real *edit;    /* [block_n][ld], a mask, then dropout */
+    real *O;       /* [rows][ld_o] */
+    operand *K;    /* [block_n][operand_ld(D)], where K cannot be read in place */
+    operand *V;    /* [block_n / DEPTH][panel_ld(Dv)], likewise */
+    operand *P;    /* [block_n / DEPTH][ld], where operands are not reals */
+    real *m, *l;   /* [block_m] running row maximum and row sum */
+    real *rescale; /* [block_m] */
+    int64_t ld_o;  /* Dv rounded up to whole vectors */
 };
 
 static size_t T(take_forward_scratch)(struct T(forward_scratch) * s, const struct fa_params *p,
@@ -40,11 +40,11 @@ static size_t T(forward_scratch_bytes)(const struct fa_params *p) {
     return T(take_forward_scratch)(&s, p, NULL);
 }
 
-/* S becomes P = 2^(S * scale_log2e - m); m, l and the factor for earlier results are brought up to
+/* S becomes P = exp(S * scale - m); m, l and the factor for earlier results are brought up to
  * date (Milakov and Gimelshein 2018). */
-static void T(online_softmax)(real *S, int keys, int ld, real scale_log2e, real *m, real *l,
+static void T(online_softmax)(real *S, int keys, int ld, real scale, real *m, real *l,
                               real *rescale) {
-    const vec c = V(set1)(scale_log2e);
+    const vec c = V(set1)(scale);
     for (int r = 0; r < ld; r += LANES) {
         const vec m_old = V(load)(m + r);
         vec most[4] = {m_old, m_old, m_old, m_old}; /* four chains hide the latency of max */
@@ -59,19 +59,19 @@ static void T(online_softmax)(real *S, int keys, int ld, real scale_log2e, real 
         const vec m_new = V(max)(V(max)(most[0], most[1]), V(max)(most[2], most[3]));
         /* A row that has seen no key yet has m = -inf; -inf - -inf would be NaN. */
         const vec finite = V(max)(V(set1)(-V(BIG)), m_new);
-        const vec factor = exp2_vec(m_old - finite);
+        const vec factor = exp_vec(m_old - finite);
         vec sum[2] = {V(set1)(0), V(set1)(0)};
         for (j = 0; j + 2 <= keys; j += 2) {
             FA_UNROLL for (int u = 0; u < 2; u++) {
                 real *s = S + (j + u) * ld + r;
-                const vec x = exp2_vec(V(fma)(V(load)(s), c, V(set1)(0) - finite));
+                const vec x = exp_vec(V(fma)(V(load)(s), c, V(set1)(0) - finite));
                 V(store)(s, x);
                 sum[u] = sum[u] + x;
             }
         }
         if (j < keys) {
             real *s = S + j * ld + r;
-            const vec x = exp2_vec(V(fma)(V(load)(s), c, V(set1)(0) - finite));
+            const vec x = exp_vec(V(fma)(V(load)(s), c, V(set1)(0) - finite));
             V(store)(s, x);
             sum[0] = sum[0] + x;
         }
@@ -98,7 +98,8 @@ static void T(rescale_rows)(real *O, int rows, int64_t ld, const real *factor) {
 
 /* out = O / l and lse, from what is in scratch. */
 static void T(store_output)(const struct fa_params *p, const struct fa_query_tile *t,
-                            const struct T(queries) * queries, const struct T(forward_scratch) * s) {
+                            const struct T(queries) * queries,
+                            const struct T(forward_scratch) * s) {
     for (int r = 0; r < queries->count; r++) {
         const int64_t h = queries->head[r], i = queries->row[r];
         elem *out = T(at)(&p->out, t->batch, h, i);
@@ -111,7 +112,7 @@ static void T(store_output)(const struct fa_params *p, const struct fa_query_til
                 E(store)(out + d, x);
         }
         ((real *)p->lse)[(t->batch * p->heads_q + h) * p->seq_q + i] =
-            (real)(s->m[r] * FA_LN2 + log((double)s->l[r]));
+            (real)(s->m[r] + log((double)s->l[r]));
     }
 }
 
@@ -144,7 +145,7 @@ static void T(forward_tile)(const struct fa_params *p, const struct fa_query_til
     }
     for (int64_t key = begin; key < end; key += FA_BLOCK_N) {
         const int keys = (int)fa_min(FA_BLOCK_N, end - key);
-        real scale_log2e = (real)(p->scale * FA_LOG2E);
+        real scale = (real)p->scale;
 
         int64_t ldk, ldv, cols = p->head_dim_v;
         const operand *K = T(rows_operand)(T(at)(&p->k, t->batch, t->head_k, key), p->k.stride_row,
@@ -154,10 +155,10 @@ static void T(forward_tile)(const struct fa_params *p, const struct fa_query_til
         if (p->mask.data || T(window_cuts)(p, &queries, key, keys)) {
             if (p->mask.data)
                 T(load_mask)(s.edit, p, t->batch, &queries, key, keys);
-            T(edit_scores)(s.S, p, &queries, key, keys, scale_log2e, p->mask.data ? s.edit : NULL);
-            scale_log2e = 1;
+            T(edit_scores)(s.S, p, &queries, key, keys, scale, p->mask.data ? s.edit : NULL);
+            scale = 1;
         }
-        T(online_softmax)(s.S, keys, ld, scale_log2e, s.m, s.l, s.rescale);
+        T(online_softmax)(s.S, keys, ld, scale, s.m, s.l, s.rescale);
         T(rescale_rows)(s.O, rows, s.ld_o, s.rescale);
         if (p->dropout_p > 0) {
             T(draw_dropout)(s.edit, p, t->batch, &queries, key, keys);
@@ -199,7 +200,7 @@ static void T(forward_merge)(const struct fa_params *p, const struct fa_query_ti
             const real *m = O + FA_BLOCK_M * s.ld_o, *l = m + FA_BLOCK_M;
             if (l[r] == 0)
                 continue; /* saw no key */
-            const real factor = (real)exp2((double)(m[r] - s.m[r]));
+            const real factor = (real)exp((double)(m[r] - s.m[r]));
             s.l[r] += l[r] * factor;
             for (int64_t d = 0; d < s.ld_o; d++)
                 s.O[r * s.ld_o + d] += O[r * s.ld_o + d] * factor;

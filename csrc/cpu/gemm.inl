@@ -10,9 +10,9 @@
 
 /* `rows` x `vecs` vectors of C. Both are constants where this is called, so that `acc` lives in
  * registers; tail is the number of lanes that the last vector of B has, 0 for all. */
-FA_ALWAYS_INLINE void gemm_block(const int rows, const int vecs, const int tail, real *C, int64_t ldc,
-                                 const operand *A, int64_t a_row, int64_t a_col, const operand *B,
-                                 int64_t ldb, int64_t depth, int accumulate) {
+FA_ALWAYS_INLINE void gemm_block(const int rows, const int vecs, const int tail, real *C,
+                                 int64_t ldc, const operand *A, int64_t a_row, int64_t a_col,
+                                 const operand *B, int64_t ldb, int64_t depth, int accumulate) {
     vec acc[GEMM_ROWS][GEMM_VECS];
     FA_UNROLL for (int i = 0; i < rows; i++) {
         FA_UNROLL for (int j = 0; j < vecs; j++) acc[i][j] = V(set1)(0);
@@ -20,7 +20,8 @@ FA_ALWAYS_INLINE void gemm_block(const int rows, const int vecs, const int tail,
     FA_NO_UNROLL for (int64_t p = 0; p < depth; p++) {
         operand_vec b[GEMM_VECS];
         FA_UNROLL for (int j = 0; j < vecs; j++) {
-            b[j] = tail && j == vecs - 1 ? OP(load_n)(B + j * LANES, tail) : OP(load)(B + j * LANES);
+            b[j] =
+                tail && j == vecs - 1 ? OP(load_n)(B + j * LANES, tail) : OP(load)(B + j * LANES);
         }
         FA_UNROLL for (int i = 0; i < rows; i++) {
             operand_vec a = OP(broadcast)(A + i * a_row);
@@ -51,12 +52,12 @@ static void gemm(real *C, int64_t ldc, const operand *A, int64_t a_row, int64_t 
             step = rows - i >= GEMM_ROWS ? GEMM_ROWS : rows - i >= 4 ? 4 : rows - i >= 2 ? 2 : 1;
             real *c = C + i * ldc + j;
             const operand *a = A + i * a_row, *b = B + j;
-#define CASE(ROWS, VECS)                                                                             \
-    case 2 * (4 * ROWS + VECS):                                                                      \
-        gemm_block(ROWS, VECS, 0, c, ldc, a, a_row, a_col, b, ldb, depth, accumulate);               \
-        break;                                                                                       \
-    case 2 * (4 * ROWS + VECS) + 1:                                                                  \
-        gemm_block(ROWS, VECS, tail, c, ldc, a, a_row, a_col, b, ldb, depth, accumulate);            \
+#define CASE(ROWS, VECS)                                                                           \
+    case 2 * (4 * ROWS + VECS):                                                                    \
+        gemm_block(ROWS, VECS, 0, c, ldc, a, a_row, a_col, b, ldb, depth, accumulate);             \
+        break;                                                                                     \
+    case 2 * (4 * ROWS + VECS) + 1:                                                                \
+        gemm_block(ROWS, VECS, tail, c, ldc, a, a_row, a_col, b, ldb, depth, accumulate);          \
         break;
 #define CASES(VECS) CASE(1, VECS) CASE(2, VECS) CASE(4, VECS) CASE(GEMM_ROWS, VECS)
             switch (2 * (4 * step + vecs) + (tail != 0)) {

@@ -17,9 +17,9 @@ enum { FA_BLOCK_M = 64, FA_BLOCK_N = 128, FA_BLOCK_N_BACKWARD = 256 };
 struct fa_query_tile {
     int64_t batch, head_k;
     int64_t first_row;
-    int rows;                    /* 1 .. FA_BLOCK_M */
-    int64_t key_begin, key_end;  /* keys to look at, before the window narrows them */
-    void *partial;               /* where to leave unnormalised results, NULL: write out and lse */
+    int rows;                   /* 1 .. FA_BLOCK_M */
+    int64_t key_begin, key_end; /* keys to look at, before the window narrows them */
+    void *partial;              /* where to leave unnormalised results, NULL: write out and lse */
 };
 
 /* The keys that one backward task handles: tiles first_tile, first_tile + step, ... of a head. */

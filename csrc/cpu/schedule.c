@@ -34,18 +34,33 @@ static void run_tasks(const struct fa_params *p, int64_t count,
         take_tasks(&tasks, 0);
 }
 
-static size_t cache_lines(size_t bytes) {
-    return (bytes + 63) / 64 * 64;
+/* NULL is for tensors without elements, and for results that are not wanted. */
+static int is_missing(const struct fa_tensor *t, int64_t elements) {
+    return elements > 0 && !t->data;
 }
 
-/* --- forward: a task is a tile of queries, or with few of them a tile and a share of the keys --- */
+static int inputs_are_missing(const struct fa_params *p) {
+    const int64_t rows_q = p->batch * p->heads_q * p->seq_q,
+                  rows_k = p->batch * p->heads_k * p->seq_k;
+    return is_missing(&p->q, rows_q * p->head_dim) || is_missing(&p->k, rows_k * p->head_dim) ||
+           is_missing(&p->v, rows_k * p->head_dim_v) ||
+           is_missing(&p->out, rows_q * p->head_dim_v) || (rows_q > 0 && !p->lse);
+}
+
+/* Whole cache lines, at least one: a workspace is never NULL. */
+static size_t cache_lines(size_t bytes) {
+    return (bytes / 64 + 1) * 64;
+}
+
+/* --- forward: a task is a tile of queries, or with few of them a tile and a share of the keys ---
+ */
 
 struct forward_plan {
     const struct fa_params *p;
     const struct fa_cpu_kernels *kernels;
-    int64_t tiles;     /* of one group */
-    int64_t shares;    /* that the keys of a tile are split into */
-    int64_t share;     /* keys in one */
+    int64_t tiles;  /* of one group */
+    int64_t shares; /* that the keys of a tile are split into */
+    int64_t share;  /* keys in one */
     size_t scratch, partial;
     char *scratches, *partials;
 };
@@ -58,8 +73,8 @@ static struct forward_plan plan_forward(const struct fa_params *p) {
     struct forward_plan plan = {.p = p, .kernels = fa_cpu_kernels_for(p->dtype)};
     const int64_t groups = p->batch * p->heads_k;
     plan.tiles = fa_div_up(fa_heads_per_group(p) * p->seq_q, FA_BLOCK_M);
-    plan.shares = fa_max(1, fa_min(ENOUGH_TASKS / fa_max(1, groups * plan.tiles),
-                                   p->seq_k / SHORTEST_SHARE));
+    plan.shares =
+        fa_max(1, fa_min(ENOUGH_TASKS / fa_max(1, groups * plan.tiles), p->seq_k / SHORTEST_SHARE));
     plan.share = fa_round_up(fa_div_up(p->seq_k, plan.shares), FA_BLOCK_N);
     plan.scratch = cache_lines(plan.kernels->forward_scratch(p));
     plan.partial = plan.kernels->forward_partial(p);
@@ -107,15 +122,14 @@ static void merge_task(const void *ctx, int64_t i, int slot) {
     struct fa_query_tile tile = query_tile(plan, i);
     plan->kernels->forward_merge(plan->p, &tile,
                                  plan->partials + plan->partial * (size_t)(i * plan->shares),
-                                 (int)plan->shares,
-                                 plan->scratches + plan->scratch * (size_t)slot);
+                                 (int)plan->shares, plan->scratches + plan->scratch * (size_t)slot);
 }
 
 enum fa_status fa_cpu_forward(const struct fa_params *p) {
     enum fa_status status = fa_cpu_supports(p, NULL);
     if (status != FA_OK)
         return status;
-    if (p->workspace_bytes < fa_cpu_forward_workspace(p))
+    if (p->workspace_bytes < fa_cpu_forward_workspace(p) || inputs_are_missing(p))
         return FA_INVALID;
     struct forward_plan plan = plan_forward(p);
     const int64_t tiles = p->batch * p->heads_k * plan.tiles;
@@ -133,9 +147,9 @@ enum fa_status fa_cpu_forward(const struct fa_params *p) {
 struct backward_plan {
     const struct fa_params *p;
     const struct fa_cpu_kernels *kernels;
-    int64_t owners;       /* groups of heads that no other task may share a mask gradient with */
+    int64_t owners; /* groups of heads that no other task may share a mask gradient with */
     int64_t batches, heads_k; /* of one owner */
-    int64_t shares;       /* that the keys of a head are split into, each with its own dq */
+    int64_t shares;           /* that the keys of a head are split into, each with its own dq */
     size_t scratch, dq;
     char *scratches, *dqs;
 };
@@ -162,7 +176,8 @@ static struct backward_plan plan_backward(const struct fa_params *p) {
     return plan;
 }
 
-/* With whole heads a thread reuses one dq buffer; shares of keys need theirs until they are summed. */
+/* With whole heads a thread reuses one dq buffer; shares of keys need theirs until they are summed.
+ */
 static size_t dq_buffers(const struct backward_plan *plan) {
     const struct fa_params *p = plan->p;
     return (size_t)(plan->shares > 1 ? p->batch * p->heads_k * plan->shares : num_threads(p));
@@ -208,17 +223,17 @@ static void sum_dq_task(const void *ctx, int64_t task, int slot) {
     const struct fa_params *p = plan->p;
     const int64_t rows = fa_heads_per_group(p) * p->seq_q, blocks = fa_div_up(rows, DQ_ROWS);
     const int64_t group = task / blocks, begin = task % blocks * DQ_ROWS;
-    plan->kernels->backward_store_dq(p, group / p->heads_k, group % p->heads_k, begin,
-                                     fa_min(begin + DQ_ROWS, rows),
-                                     plan->dqs + plan->dq * (size_t)(group * plan->shares),
-                                     (int)plan->shares);
+    plan->kernels->backward_store_dq(
+        p, group / p->heads_k, group % p->heads_k, begin, fa_min(begin + DQ_ROWS, rows),
+        plan->dqs + plan->dq * (size_t)(group * plan->shares), (int)plan->shares);
 }
 
 enum fa_status fa_cpu_backward(const struct fa_params *p) {
     enum fa_status status = fa_cpu_supports(p, NULL);
     if (status != FA_OK)
         return status;
-    if (p->workspace_bytes < fa_cpu_backward_workspace(p))
+    if (p->workspace_bytes < fa_cpu_backward_workspace(p) || inputs_are_missing(p) ||
+        is_missing(&p->dout, p->batch * p->heads_q * p->seq_q * p->head_dim_v))
         return FA_INVALID;
     if (p->batch * p->heads_k == 0)
         return FA_OK;

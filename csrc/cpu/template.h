@@ -34,7 +34,7 @@
 /* Functions that exist once for every ELEM or OPERAND. */
 #define gemm FA_JOIN(gemm, OPERAND)
 #define gemm_block FA_JOIN(gemm_block, OPERAND)
-#define exp2_vec FA_JOIN(exp2_vec, REAL)
+#define exp_vec FA_JOIN(exp_vec, REAL)
 #define T(name) FA_JOIN(name, ELEM)
 
 #define FA_ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -48,20 +48,18 @@
 
 #define f32_BIG FLT_MAX
 #define f64_BIG DBL_MAX
-#define FA_LOG2E 1.4426950408889634
-#define FA_LN2 0.6931471805599453
 
 /* The entry points that kernels.inl gives for one ELEM. */
-#define FA_KERNELS_OF(ELEM_)                                                                         \
-    {                                                                                                \
-        .forward_scratch = FA_JOIN(forward_scratch_bytes, ELEM_),                                    \
-        .forward_tile = FA_JOIN(forward_tile, ELEM_),                                                \
-        .forward_partial = FA_JOIN(forward_partial, ELEM_),                                          \
-        .forward_merge = FA_JOIN(forward_merge, ELEM_),                                              \
-        .backward_scratch = FA_JOIN(backward_scratch_bytes, ELEM_),                                  \
-        .backward_keys = FA_JOIN(backward_keys, ELEM_),                                              \
-        .backward_dq = FA_JOIN(backward_dq_bytes, ELEM_),                                            \
-        .backward_store_dq = FA_JOIN(backward_store_dq, ELEM_),                                      \
+#define FA_KERNELS_OF(ELEM_)                                                                       \
+    {                                                                                              \
+        .forward_scratch = FA_JOIN(forward_scratch_bytes, ELEM_),                                  \
+        .forward_tile = FA_JOIN(forward_tile, ELEM_),                                              \
+        .forward_partial = FA_JOIN(forward_partial, ELEM_),                                        \
+        .forward_merge = FA_JOIN(forward_merge, ELEM_),                                            \
+        .backward_scratch = FA_JOIN(backward_scratch_bytes, ELEM_),                                \
+        .backward_keys = FA_JOIN(backward_keys, ELEM_),                                            \
+        .backward_dq = FA_JOIN(backward_dq_bytes, ELEM_),                                          \
+        .backward_store_dq = FA_JOIN(backward_store_dq, ELEM_),                                    \
     }
 
 #endif

@@ -99,11 +99,11 @@ static void T(transpose_operand)(operand *dst, const struct fa_tensor *src, int6
             for (int r = 0; r < LANES; r++) {
                 operand line[LANES] = {0};
                 if (first + r < queries->count)
-                    T(convert_row)(line,
-                                   T(at)(src, batch, queries->head[first + r],
-                                         queries->row[first + r]) +
-                                       p * DEPTH,
-                                   left);
+                    T(convert_row)(
+                        line,
+                        T(at)(src, batch, queries->head[first + r], queries->row[first + r]) +
+                            p * DEPTH,
+                        left);
                 memcpy(&block[r], line, sizeof line);
             }
             V(transpose)(block);
@@ -183,8 +183,8 @@ static void T(load_mask)(real *tile, const struct fa_params *p, int64_t batch,
             const int n = (int)fa_min(LANES, keys - j);
             vec block[LANES];
             for (int r = 0; r < LANES; r++)
-                block[r] = r < rows ? T(mask_line)(p, start[r] + j * mask->stride_col, n)
-                                    : V(set1)(0);
+                block[r] =
+                    r < rows ? T(mask_line)(p, start[r] + j * mask->stride_col, n) : V(set1)(0);
             V(transpose)(block);
             for (int x = 0; x < n; x++)
                 V(store)(tile + (j + x) * queries->ld + first, block[x]);
@@ -225,12 +225,13 @@ static void T(add_mask_gradient)(const struct fa_params *p, int64_t batch,
     }
 }
 
-/* Turns raw scores into log2-scaled ones with mask and window applied: S = S * scale_log2e + mask,
- * minus infinity outside the window. `mask` is a tile of load_mask or NULL. */
+/* S = S * scale + mask, minus infinity outside the window. `mask` is a tile of load_mask or NULL.
+ */
 static void T(edit_scores)(real *S, const struct fa_params *p, const struct T(queries) * queries,
-                           int64_t key, int keys, real scale_log2e, const real *mask) {
+                           int64_t key, int keys, real scale, const real *mask) {
     const int ld = queries->ld;
-    /* Query r sees the keys first[r] .. last[r] of this tile. Small whole numbers, exact as reals. */
+    /* Query r sees the keys first[r] .. last[r] of this tile. Small whole numbers, exact as reals.
+     */
     real first[FA_BLOCK_M], last[FA_BLOCK_M];
     for (int r = 0; r < ld; r++) {
         const int64_t i = queries->row[r < queries->count ? r : 0];
@@ -240,9 +241,9 @@ static void T(edit_scores)(real *S, const struct fa_params *p, const struct T(qu
     for (int j = 0; j < keys; j++) {
         for (int r = 0; r < ld; r += LANES) {
             real *s = S + j * ld + r;
-            vec x = V(load)(s) * V(set1)(scale_log2e);
+            vec x = V(load)(s) * V(set1)(scale);
             if (mask)
-                x = V(fma)(V(load)(mask + j * ld + r), V(set1)((real)FA_LOG2E), x);
+                x = x + V(load)(mask + j * ld + r);
             x = V(where_between)(x, V(set1)((real)j), V(load)(first + r), V(load)(last + r));
             V(store)(s, x);
         }

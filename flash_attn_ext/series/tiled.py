@@ -159,6 +159,8 @@ def backward(
 
     delta needs only O, not a row of P: that is what makes a backward by tiles possible.
     """
+    if mask_grad and mask is None:
+        raise ValueError("mask must be given where mask_grad asks for its gradient")
     tiles = _Tiles(Q, K, mask, rng_state, scale, window, diagonal_offset, dropout_p)
     acc = tiles.acc
     dQ = torch.zeros_like(Q, dtype=acc)  # every tile of keys adds to it
@@ -211,6 +213,8 @@ class _Tiles:
         diagonal_offset: int,
         dropout_p: float,
     ):
+        if dropout_p > 0 and rng_state is None:
+            raise ValueError("rng_state must be given where dropout_p > 0")
         self.mask, self.rng_state, self.scale, self.dropout_p = mask, rng_state, scale, dropout_p
         self.window, self.diagonal_offset = window, diagonal_offset
         self.acc = torch.float64 if Q.dtype == torch.float64 else torch.float32

@@ -67,7 +67,7 @@ static void reference_row(struct reference *r, int64_t b, int64_t h, int64_t i) 
     double acc_unit = p->dtype == FA_FLOAT64 ? 0x1p-53 : 0x1p-24;
     /* A long sum is off by up to a unit for each term, above all where inputs repeat. */
     double terms = (double)(Sk + p->seq_q * p->heads_q / p->heads_k);
-    double sum_error = acc_unit * (8 + terms / 4);
+    double sum_error = acc_unit * (8 + terms / 2);
 
     const int64_t *M = r->mask_size;
     int64_t mask0 = ((b % M[0] * M[1] + h % M[1]) * M[2] + i % M[2]) * M[3];

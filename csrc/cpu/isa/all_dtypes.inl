@@ -3,7 +3,7 @@
 
 #define REAL f32
 #define OPERAND f32
-#include "../exp2.inl"
+#include "../exp.inl"
 #include "../gemm.inl"
 
 #define ELEM f32
@@ -20,7 +20,7 @@
 
 #define REAL f64
 #define OPERAND f64
-#include "../exp2.inl"
+#include "../exp.inl"
 #include "../gemm.inl"
 
 #define ELEM f64

@@ -61,7 +61,8 @@ static inline f32_vec f32_scale2(f32_vec x, f32_vec n) {
     return _mm256_and_ps(normal, _mm256_mul_ps(x, _mm256_castsi256_ps(bits)));
 }
 static inline f32_vec f32_where_between(f32_vec x, f32_vec j, f32_vec lo, f32_vec hi) {
-    f32_vec in = _mm256_and_ps(_mm256_cmp_ps(lo, j, _CMP_LE_OQ), _mm256_cmp_ps(j, hi, _CMP_LE_OQ));
+    f32_vec in =
+        _mm256_and_ps(_mm256_cmp_ps(j, lo, _CMP_NLT_UQ), _mm256_cmp_ps(j, hi, _CMP_NGT_UQ));
     return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, in);
 }
 static inline float f32_sum(f32_vec x) {
@@ -139,7 +140,8 @@ static inline f64_vec f64_scale2(f64_vec x, f64_vec n) {
     return _mm256_and_pd(normal, _mm256_mul_pd(x, _mm256_castsi256_pd(bits)));
 }
 static inline f64_vec f64_where_between(f64_vec x, f64_vec j, f64_vec lo, f64_vec hi) {
-    f64_vec in = _mm256_and_pd(_mm256_cmp_pd(lo, j, _CMP_LE_OQ), _mm256_cmp_pd(j, hi, _CMP_LE_OQ));
+    f64_vec in =
+        _mm256_and_pd(_mm256_cmp_pd(j, lo, _CMP_NLT_UQ), _mm256_cmp_pd(j, hi, _CMP_NGT_UQ));
     return _mm256_blendv_pd(_mm256_set1_pd(-INFINITY), x, in);
 }
 static inline double f64_sum(f64_vec x) {

@@ -57,8 +57,8 @@ static inline f32_vec f32_scale2(f32_vec x, f32_vec n) {
     return _mm512_scalef_ps(x, n);
 }
 static inline f32_vec f32_where_between(f32_vec x, f32_vec j, f32_vec lo, f32_vec hi) {
-    __mmask16 in = _mm512_cmp_ps_mask(lo, j, _CMP_LE_OQ);
-    in = _mm512_mask_cmp_ps_mask(in, j, hi, _CMP_LE_OQ);
+    __mmask16 in = _mm512_cmp_ps_mask(j, lo, _CMP_NLT_UQ);
+    in = _mm512_mask_cmp_ps_mask(in, j, hi, _CMP_NGT_UQ);
     return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), in, x);
 }
 static inline float f32_sum(f32_vec x) {
@@ -135,8 +135,8 @@ static inline f64_vec f64_scale2(f64_vec x, f64_vec n) {
     return _mm512_scalef_pd(x, n);
 }
 static inline f64_vec f64_where_between(f64_vec x, f64_vec j, f64_vec lo, f64_vec hi) {
-    __mmask8 in = _mm512_cmp_pd_mask(lo, j, _CMP_LE_OQ);
-    in = _mm512_mask_cmp_pd_mask(in, j, hi, _CMP_LE_OQ);
+    __mmask8 in = _mm512_cmp_pd_mask(j, lo, _CMP_NLT_UQ);
+    in = _mm512_mask_cmp_pd_mask(in, j, hi, _CMP_NGT_UQ);
     return _mm512_mask_mov_pd(_mm512_set1_pd(-INFINITY), in, x);
 }
 static inline double f64_sum(f64_vec x) {

@@ -4,7 +4,7 @@
 
 #define REAL f32
 #define OPERAND bf16x2
-#include "../exp2.inl"
+#include "../exp.inl"
 #include "../gemm.inl"
 
 #define ELEM bf16

@@ -12,79 +12,79 @@
 #define GEMM_VECS 2
 
 /* What differs between f32 and f64 is the width of a lane and of its exponent. */
-#define DEFINE_REAL(T, REAL, LANES, UINT, INT, MANTISSA, MIN_EXPONENT, MAX_EXPONENT)                 \
-    typedef REAL T##_elem;                                                                           \
-    typedef REAL T##_real;                                                                           \
-    typedef REAL T##_operand;                                                                        \
-    typedef REAL T##_vec __attribute__((vector_size(16)));                                           \
-    typedef T##_vec T##_operand_vec;                                                                 \
-    typedef UINT T##_bits __attribute__((vector_size(16)));                                          \
-    typedef INT T##_mask __attribute__((vector_size(16)));                                           \
-                                                                                                     \
-    static inline T##_vec T##_load(const REAL *p) {                                                  \
-        T##_vec x;                                                                                   \
-        memcpy(&x, p, sizeof x);                                                                     \
-        return x;                                                                                    \
-    }                                                                                                \
-    static inline T##_vec T##_load_n(const REAL *p, int n) {                                         \
-        T##_vec x = {0};                                                                             \
-        memcpy(&x, p, (size_t)n * sizeof *p);                                                        \
-        return x;                                                                                    \
-    }                                                                                                \
-    static inline void T##_store(REAL *p, T##_vec x) {                                               \
-        memcpy(p, &x, sizeof x);                                                                     \
-    }                                                                                                \
-    static inline void T##_store_n(REAL *p, T##_vec x, int n) {                                      \
-        memcpy(p, &x, (size_t)n * sizeof *p);                                                        \
-    }                                                                                                \
-    static inline T##_vec T##_set1(REAL x) {                                                         \
-        return (T##_vec){0} + x;                                                                     \
-    }                                                                                                \
-    static inline T##_vec T##_broadcast(const REAL *p) {                                             \
-        return T##_set1(*p);                                                                         \
-    }                                                                                                \
-    static inline T##_vec T##_fma(T##_vec a, T##_vec b, T##_vec c) {                                 \
-        return a * b + c;                                                                            \
-    }                                                                                                \
-    static inline T##_vec T##_dot(T##_vec a, T##_vec b, T##_vec c) {                                 \
-        return a * b + c;                                                                            \
-    }                                                                                                \
-    static inline T##_vec T##_select(T##_mask which, T##_vec a, T##_vec b) {                         \
-        return (T##_vec)(((T##_mask)a & which) | ((T##_mask)b & ~which));                            \
-    }                                                                                                \
-    static inline T##_vec T##_max(T##_vec a, T##_vec b) {                                            \
-        return T##_select((T##_mask)(a > b), a, b);                                                  \
-    }                                                                                                \
-    /* Adding 1.5 * 2^MANTISSA leaves no room for a fraction; for |x| < 2^(MANTISSA - 1). */         \
-    static inline T##_vec T##_round(T##_vec x) {                                                     \
-        REAL shift = (REAL)(3ull << (MANTISSA - 1));                                                 \
-        return (x + shift) - shift;                                                                  \
-    }                                                                                                \
-    static inline T##_vec T##_scale2(T##_vec x, T##_vec n) {                                         \
-        REAL shift = (REAL)(3ull << (MANTISSA - 1));                                                 \
-        T##_vec top = T##_set1(MAX_EXPONENT);                                                        \
-        T##_bits low = (T##_bits)(T##_select((T##_mask)(n > top), top, n) + shift);                  \
-        T##_bits bits = (low + (MAX_EXPONENT - 1)) << MANTISSA;                                      \
-        return (T##_vec)((T##_mask)(x * (T##_vec)bits) & ~(T##_mask)(n < (REAL)MIN_EXPONENT));       \
-    }                                                                                                \
-    static inline T##_vec T##_where_between(T##_vec x, T##_vec j, T##_vec lo, T##_vec hi) {          \
-        T##_mask in = (T##_mask)(lo <= j) & (T##_mask)(j <= hi);                                     \
-        return T##_select(in, x, T##_set1(-INFINITY));                                               \
-    }                                                                                                \
-    static inline REAL T##_sum(T##_vec x) {                                                          \
-        REAL sum = x[0];                                                                             \
-        for (int i = 1; i < (LANES); i++)                                                            \
-            sum += x[i];                                                                             \
-        return sum;                                                                                  \
-    }                                                                                                \
-    static inline void T##_transpose(T##_vec x[LANES]) {                                             \
-        for (int i = 0; i < (LANES); i++) {                                                          \
-            for (int j = i + 1; j < (LANES); j++) {                                                  \
-                REAL swap = x[i][j];                                                                 \
-                x[i][j] = x[j][i];                                                                   \
-                x[j][i] = swap;                                                                      \
-            }                                                                                        \
-        }                                                                                            \
+#define DEFINE_REAL(T, REAL, LANES, UINT, INT, MANTISSA, MIN_EXPONENT, MAX_EXPONENT)               \
+    typedef REAL T##_elem;                                                                         \
+    typedef REAL T##_real;                                                                         \
+    typedef REAL T##_operand;                                                                      \
+    typedef REAL T##_vec __attribute__((vector_size(16)));                                         \
+    typedef T##_vec T##_operand_vec;                                                               \
+    typedef UINT T##_bits __attribute__((vector_size(16)));                                        \
+    typedef INT T##_mask __attribute__((vector_size(16)));                                         \
+                                                                                                   \
+    static inline T##_vec T##_load(const REAL *p) {                                                \
+        T##_vec x;                                                                                 \
+        memcpy(&x, p, sizeof x);                                                                   \
+        return x;                                                                                  \
+    }                                                                                              \
+    static inline T##_vec T##_load_n(const REAL *p, int n) {                                       \
+        T##_vec x = {0};                                                                           \
+        memcpy(&x, p, (size_t)n * sizeof *p);                                                      \
+        return x;                                                                                  \
+    }                                                                                              \
+    static inline void T##_store(REAL *p, T##_vec x) {                                             \
+        memcpy(p, &x, sizeof x);                                                                   \
+    }                                                                                              \
+    static inline void T##_store_n(REAL *p, T##_vec x, int n) {                                    \
+        memcpy(p, &x, (size_t)n * sizeof *p);                                                      \
+    }                                                                                              \
+    static inline T##_vec T##_set1(REAL x) {                                                       \
+        return (T##_vec){0} + x;                                                                   \
+    }                                                                                              \
+    static inline T##_vec T##_broadcast(const REAL *p) {                                           \
+        return T##_set1(*p);                                                                       \
+    }                                                                                              \
+    static inline T##_vec T##_fma(T##_vec a, T##_vec b, T##_vec c) {                               \
+        return a * b + c;                                                                          \
+    }                                                                                              \
+    static inline T##_vec T##_dot(T##_vec a, T##_vec b, T##_vec c) {                               \
+        return a * b + c;                                                                          \
+    }                                                                                              \
+    static inline T##_vec T##_select(T##_mask which, T##_vec a, T##_vec b) {                       \
+        return (T##_vec)(((T##_mask)a & which) | ((T##_mask)b & ~which));                          \
+    }                                                                                              \
+    static inline T##_vec T##_max(T##_vec a, T##_vec b) {                                          \
+        return T##_select((T##_mask)(a > b), a, b);                                                \
+    }                                                                                              \
+    /* Adding 1.5 * 2^MANTISSA leaves no room for a fraction; for |x| < 2^(MANTISSA - 1). */       \
+    static inline T##_vec T##_round(T##_vec x) {                                                   \
+        REAL shift = (REAL)(3ull << (MANTISSA - 1));                                               \
+        return (x + shift) - shift;                                                                \
+    }                                                                                              \
+    static inline T##_vec T##_scale2(T##_vec x, T##_vec n) {                                       \
+        REAL shift = (REAL)(3ull << (MANTISSA - 1));                                               \
+        T##_vec top = T##_set1(MAX_EXPONENT);                                                      \
+        T##_bits low = (T##_bits)(T##_select((T##_mask)(n > top), top, n) + shift);                \
+        T##_bits bits = (low + (MAX_EXPONENT - 1)) << MANTISSA;                                    \
+        return (T##_vec)((T##_mask)(x * (T##_vec)bits) & ~(T##_mask)(n < (REAL)MIN_EXPONENT));     \
+    }                                                                                              \
+    static inline T##_vec T##_where_between(T##_vec x, T##_vec j, T##_vec lo, T##_vec hi) {        \
+        T##_mask out = (T##_mask)(j < lo) | (T##_mask)(j > hi);                                    \
+        return T##_select(out, T##_set1(-INFINITY), x);                                            \
+    }                                                                                              \
+    static inline REAL T##_sum(T##_vec x) {                                                        \
+        REAL sum = x[0];                                                                           \
+        for (int i = 1; i < (LANES); i++)                                                          \
+            sum += x[i];                                                                           \
+        return sum;                                                                                \
+    }                                                                                              \
+    static inline void T##_transpose(T##_vec x[LANES]) {                                           \
+        for (int i = 0; i < (LANES); i++) {                                                        \
+            for (int j = i + 1; j < (LANES); j++) {                                                \
+                REAL swap = x[i][j];                                                               \
+                x[i][j] = x[j][i];                                                                 \
+                x[j][i] = swap;                                                                    \
+            }                                                                                      \
+        }                                                                                          \
     }
 
 #define f32_LANES 4
@@ -138,22 +138,22 @@ static inline f16_elem f16_narrow(float x) { /* to nearest, ties to even; NaN st
     return (f16_elem)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
-#define DEFINE_HALF(T)                                                                               \
-    static inline f32_vec T##_load_n(const T##_elem *p, int n) {                                     \
-        f32_vec x = {0};                                                                             \
-        for (int i = 0; i < n; i++)                                                                  \
-            x[i] = T##_widen(p[i]);                                                                  \
-        return x;                                                                                    \
-    }                                                                                                \
-    static inline f32_vec T##_load(const T##_elem *p) {                                              \
-        return T##_load_n(p, f32_LANES);                                                             \
-    }                                                                                                \
-    static inline void T##_store_n(T##_elem *p, f32_vec x, int n) {                                  \
-        for (int i = 0; i < n; i++)                                                                  \
-            p[i] = T##_narrow(x[i]);                                                                 \
-    }                                                                                                \
-    static inline void T##_store(T##_elem *p, f32_vec x) {                                           \
-        T##_store_n(p, x, f32_LANES);                                                                \
+#define DEFINE_HALF(T)                                                                             \
+    static inline f32_vec T##_load_n(const T##_elem *p, int n) {                                   \
+        f32_vec x = {0};                                                                           \
+        for (int i = 0; i < n; i++)                                                                \
+            x[i] = T##_widen(p[i]);                                                                \
+        return x;                                                                                  \
+    }                                                                                              \
+    static inline f32_vec T##_load(const T##_elem *p) {                                            \
+        return T##_load_n(p, f32_LANES);                                                           \
+    }                                                                                              \
+    static inline void T##_store_n(T##_elem *p, f32_vec x, int n) {                                \
+        for (int i = 0; i < n; i++)                                                                \
+            p[i] = T##_narrow(x[i]);                                                               \
+    }                                                                                              \
+    static inline void T##_store(T##_elem *p, f32_vec x) {                                         \
+        T##_store_n(p, x, f32_LANES);                                                              \
     }
 
 DEFINE_HALF(bf16)

@@ -1,0 +1,138 @@
+/* What the files of the engine share. The way of a call to the GPU:
+ *
+ *     launch.c     the entry points: fill in a struct fa_kernel_params and launch
+ *     variants.c   which kernels a call takes, compiled for what, with which tiles
+ *     functions.c  a variant's function on a device, found in memory or loaded
+ *     cache.c      a variant's machine code, from disk or from the compiler
+ *     compiler.c   NVRTC: embedded source -> machine code
+ *     driver.c     libcuda: devices and contexts
+ *
+ * What can fail returns a status and leaves the reason for fa_cuda_last_error(). */
+#ifndef FA_CUDA_ENGINE_H
+#define FA_CUDA_ENGINE_H
+
+#include <stdint.h>
+
+#include "../../flash_attention.h"
+#include "cuda_api.h"
+
+/* --- error.c --- */
+
+/* Leaves a message, formatted as by printf, for fa_cuda_last_error(); returns the status. */
+enum fa_status fa_cuda_fail(enum fa_status status, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/* Tells the handler of fa_cuda_set_warning_handler. */
+void fa_cuda_warn(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* --- variants.c --- */
+
+enum fa_cuda_kernel { FA_CUDA_FORWARD, FA_CUDA_PREPARE, FA_CUDA_BACKWARD, FA_CUDA_CONVERT };
+
+/* All that a kernel is compiled for: equal bytes, equal machine code. What does not concern a
+ * kernel is 0 in its variants, so that it is not compiled twice. */
+struct fa_cuda_variant {
+    uint8_t kernel;    /* enum fa_cuda_kernel */
+    uint8_t dtype;     /* enum fa_dtype */
+    uint8_t tf32;      /* of float32: products in plain TF32, not 3xTF32 */
+    uint8_t aligned;   /* every row of every tensor starts at a multiple of 16 bytes */
+    uint8_t mask;      /* 0 none, 1 bool, 2 of dtype, 3 float32 */
+    uint8_t window;    /* some scores are hidden by it */
+    uint8_t dropout;   /* dropout_p > 0 */
+    uint8_t mask_grad; /* dmask is wanted */
+    uint16_t head_dim, head_dim_v;
+    uint16_t block_m, block_n, threads;
+    uint16_t arch; /* 90: compute capability 9.0 */
+};
+_Static_assert(sizeof(struct fa_cuda_variant) == 20, "no padding: it is compared as bytes");
+
+/* One launch of a call. */
+struct fa_cuda_step {
+    struct fa_cuda_variant variant;
+    int blocks; /* thread blocks for each head */
+    int heads;  /* heads of queries, or of keys in the backward */
+    unsigned shared_bytes;
+};
+enum { FA_CUDA_MAX_STEPS = 3 };
+
+/* Farther than a sequence may be long; sums of two such distances fit an int. */
+enum { FA_CUDA_FAR = 1 << 29 };
+
+/* Whether there are kernels for p on an architecture, whatever this machine has. */
+enum fa_status fa_cuda_check(const struct fa_params *p, int arch);
+
+/* The launches of a call that passed fa_cuda_check, in order; returns how many. */
+int fa_cuda_plan(const struct fa_params *p, int arch, struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]);
+
+/* A variant's file in csrc/cuda/kernels, its function there, and its macros as options of the
+ * compiler, one after the other, each ending in a NUL, with an empty one last. */
+const char *fa_cuda_file(const struct fa_cuda_variant *v);
+const char *fa_cuda_entry(const struct fa_cuda_variant *v);
+enum { FA_CUDA_OPTIONS_BYTES = 1024 };
+void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIONS_BYTES]);
+
+/* --- functions.c --- */
+
+/* The function of a variant on a device whose context is current. What is not in memory is loaded
+ * from the disk or compiled, but not compiled while the stream is being captured. */
+enum fa_status fa_cuda_function(const struct fa_cuda_step *step, int device, CUstream stream,
+                                CUkernel *function);
+
+/* --- cache.c --- */
+
+struct fa_cuda_code {
+    unsigned char *data; /* from malloc: the cubin, then the compiler's log (with a NUL) */
+    size_t cubin_bytes, log_bytes;
+};
+
+/* The machine code of a variant. With compile = 0, only what is on the disk. */
+enum fa_status fa_cuda_code_of(const struct fa_cuda_variant *v, int compile,
+                               struct fa_cuda_code *code);
+
+/* --- compiler.c --- */
+
+enum fa_status fa_cuda_compile_variant(const struct fa_cuda_variant *v, const char *options,
+                                       struct fa_cuda_code *code);
+
+int fa_cuda_is_header(const char *source_name);
+
+/* The kernels' sources, from csrc/cuda/kernels; setup.py writes the file that defines this. */
+struct fa_cuda_source {
+    const char *name; /* as in #include; NULL past the last */
+    const char *text;
+};
+extern const struct fa_cuda_source fa_cuda_sources[];
+
+/* --- sha256.c --- */
+
+struct fa_sha256 {
+    uint32_t state[8];
+    uint64_t length;
+    unsigned char block[64];
+};
+void fa_sha256_init(struct fa_sha256 *h);
+void fa_sha256_add(struct fa_sha256 *h, const void *data, size_t bytes);
+void fa_sha256_finish(struct fa_sha256 *h, unsigned char digest[32]);
+
+/* --- driver.c --- */
+
+struct fa_cuda_driver {
+#define DECLARE(NAME, SYMBOL, PARAMETERS) CUresult(*NAME) PARAMETERS;
+    FA_DRIVER_FUNCTIONS(DECLARE)
+#undef DECLARE
+};
+
+/* The driver, loaded and initialised at first use; NULL where there is none that will do. */
+const struct fa_cuda_driver *fa_cuda_driver(void);
+
+/* FA_FAILED, with the driver's words for the error. */
+enum fa_status fa_cuda_driver_error(const char *what, CUresult error);
+
+/* What a device is: 90 for compute capability 9.0. */
+enum fa_status fa_cuda_arch(int device, int *arch);
+
+/* Makes a context of the device current, if none is; *pushed then says that it has to be popped. */
+enum fa_status fa_cuda_enter(int device, int *pushed);
+void fa_cuda_leave(int pushed);
+
+#endif

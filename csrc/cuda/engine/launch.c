@@ -1,0 +1,151 @@
+/* The entry points: describes a call to the kernels and launches them on the caller's stream. */
+#include <stdlib.h>
+
+#include "../../dropout.h"
+#include "../kernels/params.h"
+#include "engine.h"
+
+enum fa_status fa_cuda_supports(const struct fa_params *p) {
+    int arch, major, minor;
+    enum fa_status status = fa_cuda_arch(p->device, &arch);
+    if (!status)
+        status = fa_cuda_check(p, arch);
+    if (!status && !fa_cuda_compiler(&major, &minor))
+        status = FA_UNSUPPORTED;
+    return status;
+}
+
+static struct fa_kernel_tensor tensor(const struct fa_tensor *t) {
+    return (struct fa_kernel_tensor){t->data, t->stride_batch, t->stride_head, t->stride_row};
+}
+
+static int clamp_to_far(int64_t distance) {
+    return (int)(distance < -FA_CUDA_FAR  ? -FA_CUDA_FAR
+                 : distance > FA_CUDA_FAR ? FA_CUDA_FAR
+                                          : distance);
+}
+
+static struct fa_kernel_params describe(const struct fa_params *p) {
+    return (struct fa_kernel_params){
+        .batch = (int)p->batch,
+        .heads_q = (int)p->heads_q,
+        .heads_k = (int)p->heads_k,
+        .seq_q = (int)p->seq_q,
+        .seq_k = (int)p->seq_k,
+        .q = tensor(&p->q),
+        .k = tensor(&p->k),
+        .v = tensor(&p->v),
+        .out = tensor(&p->out),
+        .lse = p->lse,
+        .scale = (float)p->scale,
+        .scale_log2e = (float)(p->scale * 1.4426950408889634),
+        .window_begin =
+            p->window_left < 0 ? -FA_CUDA_FAR : clamp_to_far(p->diagonal_offset - p->window_left),
+        .window_end = p->window_right < 0 ? FA_CUDA_FAR
+                                          : clamp_to_far(p->diagonal_offset + p->window_right + 1),
+        .mask = {(void *)p->mask.data, p->mask.stride_batch, p->mask.stride_head,
+                 p->mask.stride_row, p->mask.stride_col},
+        .rng_state = (const unsigned long long *)p->rng_state,
+        .dropout_threshold = fa_dropout_threshold(p->dropout_p),
+        .dropout_scale = p->dropout_p < 1 ? (float)(1 / (1 - p->dropout_p)) : 0,
+        .dout = tensor(&p->dout),
+        .dq = tensor(&p->dq),
+        .dk = tensor(&p->dk),
+        .dv = tensor(&p->dv),
+        .dmask = {p->dmask.data, p->dmask.stride_batch, p->dmask.stride_head, p->dmask.stride_row,
+                  p->dmask.stride_col},
+    };
+}
+
+static enum fa_status launch(const struct fa_cuda_step *steps, int count,
+                             struct fa_kernel_params *k, int device, CUstream stream) {
+    const struct fa_cuda_driver *cuda = fa_cuda_driver();
+    for (int i = 0; i < count; i++) {
+        const struct fa_cuda_step *s = &steps[i];
+        CUkernel function;
+        enum fa_status status = fa_cuda_function(s, device, stream, &function);
+        if (status)
+            return status;
+        k->blocks = s->blocks;
+        const unsigned grid = (unsigned)s->blocks * (unsigned)s->heads * (unsigned)k->batch;
+        CUresult error = cuda->cuLaunchKernel(function, grid, 1, 1, s->variant.threads, 1, 1,
+                                              s->shared_bytes, stream, (void *[]){k}, NULL);
+        if (error)
+            return fa_cuda_driver_error(fa_cuda_entry(&s->variant), error);
+    }
+    return FA_OK;
+}
+
+static enum fa_status run(const struct fa_params *p, struct fa_kernel_params *k) {
+    int arch, pushed;
+    enum fa_status status = fa_cuda_supports(p);
+    if (!status)
+        status = fa_cuda_arch(p->device, &arch);
+    if (!status)
+        status = fa_cuda_enter(p->device, &pushed);
+    if (status)
+        return status;
+    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
+    const int count = fa_cuda_plan(p, arch, steps);
+    status = launch(steps, count, k, p->device, p->stream);
+    fa_cuda_leave(pushed);
+    return status;
+}
+
+size_t fa_cuda_forward_workspace(const struct fa_params *p) {
+    (void)p;
+    return 0;
+}
+
+enum fa_status fa_cuda_forward(const struct fa_params *p) {
+    struct fa_kernel_params k = describe(p);
+    return run(p, &k);
+}
+
+/* delta [B, Hq, Sq], then, where it is wanted, the sum of dq [B, Hq, Sq, D]; both float. */
+static size_t delta_bytes(const struct fa_params *p) {
+    return ((size_t)(p->batch * p->heads_q * p->seq_q) * sizeof(float) + 63) / 64 * 64;
+}
+
+size_t fa_cuda_backward_workspace(const struct fa_params *p) {
+    const size_t rows = (size_t)(p->batch * p->heads_q * p->seq_q);
+    return delta_bytes(p) + (p->dq.data ? rows * (size_t)p->head_dim * sizeof(float) : 0);
+}
+
+enum fa_status fa_cuda_backward(const struct fa_params *p) {
+    if (p->workspace_bytes < fa_cuda_backward_workspace(p))
+        return fa_cuda_fail(FA_INVALID, "workspace_bytes: too small");
+    struct fa_kernel_params k = describe(p);
+    k.delta = p->workspace;
+    if (p->dq.data)
+        k.dq_sum = (float *)((char *)p->workspace + delta_bytes(p));
+    return run(p, &k);
+}
+
+enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
+                               void (*visit)(void *ctx, const struct fa_cuda_compiled *compiled),
+                               void *ctx) {
+    enum fa_status status = fa_cuda_check(p, arch);
+    if (status)
+        return status;
+    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
+    const int count = fa_cuda_plan(p, arch, steps);
+    for (int i = 0; i < count; i++) {
+        struct fa_cuda_code code;
+        status = fa_cuda_code_of(&steps[i].variant, 1, &code);
+        if (status)
+            return status;
+        visit(ctx, &(struct fa_cuda_compiled){
+                       .file = fa_cuda_file(&steps[i].variant),
+                       .block_m = steps[i].variant.block_m,
+                       .block_n = steps[i].variant.block_n,
+                       .threads = steps[i].variant.threads,
+                       .shared_bytes = (int)steps[i].shared_bytes,
+                       .cubin = code.data,
+                       .cubin_bytes = code.cubin_bytes,
+                       .log = (const char *)code.data + code.cubin_bytes,
+                   });
+        free(code.data);
+    }
+    return FA_OK;
+}

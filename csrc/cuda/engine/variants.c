@@ -1,0 +1,255 @@
+/* Which kernels a call takes, what each is compiled for, and the size of its tiles. */
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "engine.h"
+
+static const struct {
+    const char *file, *entry;
+} kernels[] = {
+    [FA_CUDA_FORWARD] = {"forward_sm80.cu", "fa_forward"},
+    [FA_CUDA_PREPARE] = {"backward_prepare.cu", "fa_backward_prepare"},
+    [FA_CUDA_BACKWARD] = {"backward_sm80.cu", "fa_backward"},
+    [FA_CUDA_CONVERT] = {"backward_convert.cu", "fa_backward_convert"},
+};
+
+const char *fa_cuda_file(const struct fa_cuda_variant *v) {
+    return kernels[v->kernel].file;
+}
+const char *fa_cuda_entry(const struct fa_cuda_variant *v) {
+    return kernels[v->kernel].entry;
+}
+
+/* Tiles of block_m queries x block_n keys, worked on by `threads`. The first row of a kernel that
+ * has room for the head size, and whose tiles fit into the shared memory of a block, is taken. */
+static const struct tile {
+    int kernel, max_head_dim; /* the larger of D and Dv */
+    int block_m, block_n, threads;
+} tiles[] = {
+    /* 8 warps of 16 queries: a thread holds (Dv + block_n) / 2 registers of O and S. */
+    {FA_CUDA_FORWARD, 256, 128, 64, 256},
+    /* What fits into the 99 KiB of sm_86, sm_89 and sm_120. */
+    {FA_CUDA_FORWARD, 256, 64, 64, 128},
+
+    /* A warp for 16 keys: a thread holds (D + Dv) / 2 registers of dK and dV, block_m of S and dP.
+     */
+    {FA_CUDA_BACKWARD, 64, 64, 128, 256},
+    {FA_CUDA_BACKWARD, 128, 32, 128, 256},
+    {FA_CUDA_BACKWARD, 128, 32, 64, 128}, /* 99 KiB */
+
+    /* A warp for each row, a few rows for each warp. */
+    {FA_CUDA_PREPARE, 256, 64, 0, 256},
+    {FA_CUDA_CONVERT, 256, 64, 0, 256},
+};
+
+static int round_up_16(int n) {
+    return (n + 15) / 16 * 16;
+}
+
+/* Bytes of `rows` rows in shared memory: Tile<rows, cols> of kernels/tile.cuh. */
+static int tile_bytes(int rows, int cols) {
+    return rows * (round_up_16(cols) * 2 + 16);
+}
+
+static int max(int a, int b) {
+    return a > b ? a : b;
+}
+
+/* What a kernel takes as dynamic shared memory. */
+static int shared_bytes(const struct tile *t, int head_dim, int head_dim_v) {
+    switch (t->kernel) {
+    case FA_CUDA_FORWARD: /* Q, K, V; O in their place */
+        return max(tile_bytes(t->block_m, head_dim) + tile_bytes(t->block_n, head_dim) +
+                       tile_bytes(t->block_n, head_dim_v),
+                   tile_bytes(t->block_m, head_dim_v));
+    case FA_CUDA_BACKWARD: /* K, V, dS, and two of Q and dO */
+        return tile_bytes(t->block_n, head_dim) + tile_bytes(t->block_n, head_dim_v) +
+               tile_bytes(t->block_n, t->block_m) +
+               2 * (tile_bytes(t->block_m, head_dim) + tile_bytes(t->block_m, head_dim_v));
+    default:
+        return 0;
+    }
+}
+
+/* The most that a kernel declares besides: lse and delta of two tiles of queries. */
+enum { STATIC_SHARED = 1024 };
+
+/* The most that a block may have (CUDA C++ Programming Guide, technical specifications). */
+static int shared_limit(int arch) {
+    switch (arch) {
+    case 80:
+    case 87:
+        return 163 << 10;
+    case 86:
+    case 89:
+        return 99 << 10;
+    default:
+        return arch / 10 == 12 ? 99 << 10 : 227 << 10;
+    }
+}
+
+static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch) {
+    const int head_dim = (int)p->head_dim, head_dim_v = (int)p->head_dim_v;
+    for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
+        const struct tile *t = &tiles[i];
+        if (t->kernel == kernel && max(head_dim, head_dim_v) <= t->max_head_dim &&
+            shared_bytes(t, head_dim, head_dim_v) + STATIC_SHARED <= shared_limit(arch))
+            return t;
+    }
+    return NULL;
+}
+
+static int is_backward(const struct fa_params *p) {
+    return p->dout.data != NULL;
+}
+
+static int64_t div_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
+#define REQUIRE(CONDITION, STATUS, ...)                                                            \
+    if (!(CONDITION))                                                                              \
+        return fa_cuda_fail(STATUS, __VA_ARGS__);
+    REQUIRE(p->dtype == FA_FLOAT32 || p->dtype == FA_FLOAT64 || p->dtype == FA_BFLOAT16 ||
+                p->dtype == FA_FLOAT16,
+            FA_INVALID, "dtype: must be float32, float64, bfloat16 or float16")
+    REQUIRE(p->batch >= 0 && p->heads_q >= 0 && p->heads_k >= 0 && p->seq_q >= 0 && p->seq_k >= 0,
+            FA_INVALID, "batch, heads and seq: must not be negative")
+    REQUIRE(p->heads_k ? p->heads_q % p->heads_k == 0 : p->heads_q == 0, FA_INVALID,
+            "heads_q: must be a multiple of heads_k")
+    REQUIRE(p->dropout_p >= 0 && p->dropout_p <= 1, FA_INVALID, "dropout_p: must be in [0, 1]")
+    REQUIRE(p->dropout_p == 0 || p->rng_state, FA_INVALID, "rng_state: needed for dropout")
+    REQUIRE(!p->mask.data || p->mask.dtype == FA_BOOL || p->mask.dtype == FA_FLOAT32 ||
+                p->mask.dtype == p->dtype,
+            FA_INVALID, "mask: must be bool, float32 or of the dtype of q")
+
+    REQUIRE(arch >= 80, FA_UNSUPPORTED, "the kernels need compute capability 8.0, this is %d.%d",
+            arch / 10, arch % 10)
+    REQUIRE(p->dtype == FA_BFLOAT16 || p->dtype == FA_FLOAT16, FA_UNSUPPORTED,
+            "dtype: the CUDA kernels are for float16 and bfloat16")
+    REQUIRE(p->head_dim > 0 && p->head_dim_v > 0 &&
+                find_tile(is_backward(p) ? FA_CUDA_BACKWARD : FA_CUDA_FORWARD, p, arch),
+            FA_UNSUPPORTED, "head size: the CUDA kernels are for 1 to 256, backward to 128")
+    REQUIRE(p->seq_q <= FA_CUDA_FAR && p->seq_k <= FA_CUDA_FAR &&
+                p->batch * p->heads_q * div_up(p->seq_q > p->seq_k ? p->seq_q : p->seq_k, 32) <=
+                    INT_MAX,
+            FA_UNSUPPORTED, "seq, heads, batch: too many for one launch")
+    REQUIRE(!p->deterministic || !is_backward(p), FA_UNSUPPORTED,
+            "deterministic: not in the CUDA backward")
+    REQUIRE(p->softcap == 0, FA_UNSUPPORTED, "softcap: not in the CUDA kernels")
+    REQUIRE(!p->alibi_slopes, FA_UNSUPPORTED, "alibi_slopes: not in the CUDA kernels")
+    REQUIRE(!p->sinks, FA_UNSUPPORTED, "sinks: not in the CUDA kernels")
+    REQUIRE(!p->cu_seqlens_q && !p->cu_seqlens_k, FA_UNSUPPORTED,
+            "cu_seqlens: packed sequences are not in the CUDA kernels")
+    REQUIRE(!p->block_table, FA_UNSUPPORTED,
+            "block_table: paged keys and values are not in the CUDA kernels")
+    REQUIRE(!p->partial_out, FA_UNSUPPORTED, "partial_out: not in the CUDA kernels")
+#undef REQUIRE
+    return FA_OK;
+}
+
+static size_t element_bytes(enum fa_dtype dtype) {
+    return dtype == FA_FLOAT32 ? 4 : 2;
+}
+
+/* Whether each row that a kernel touches starts at a multiple of 16 bytes. The stride of a
+ * dimension of size 1 may be anything. */
+static int is_aligned(const struct fa_params *p, const struct fa_tensor *t, int64_t heads,
+                      int64_t rows) {
+    uint64_t bits = 0;
+    if (p->batch > 1)
+        bits |= (uint64_t)t->stride_batch;
+    if (heads > 1)
+        bits |= (uint64_t)t->stride_head;
+    if (rows > 1)
+        bits |= (uint64_t)t->stride_row;
+    return (((uintptr_t)t->data | bits * element_bytes(p->dtype)) & 15) == 0;
+}
+
+static int all_aligned(const struct fa_params *p) {
+    const struct fa_tensor *of_queries[] = {&p->q, &p->out, &p->dout, &p->dq};
+    const struct fa_tensor *of_keys[] = {&p->k, &p->v, &p->dk, &p->dv};
+    for (int i = 0; i < 4; i++) {
+        if (!is_aligned(p, of_queries[i], p->heads_q, p->seq_q) ||
+            !is_aligned(p, of_keys[i], p->heads_k, p->seq_k))
+            return 0;
+    }
+    return 1;
+}
+
+static int mask_kind(const struct fa_params *p) {
+    if (!p->mask.data)
+        return 0;
+    return p->mask.dtype == FA_BOOL ? 1 : p->mask.dtype == p->dtype ? 2 : 3;
+}
+
+static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch) {
+    const struct tile *t = find_tile(kernel, p, arch);
+    struct fa_cuda_step s = {
+        .variant = {.kernel = (uint8_t)kernel,
+                    .dtype = (uint8_t)p->dtype,
+                    .aligned = (uint8_t)all_aligned(p),
+                    .head_dim = (uint16_t)p->head_dim,
+                    .head_dim_v = (uint16_t)p->head_dim_v,
+                    .block_m = (uint16_t)t->block_m,
+                    .block_n = (uint16_t)t->block_n,
+                    .threads = (uint16_t)t->threads,
+                    .arch = (uint16_t)arch},
+        .blocks = (int)div_up(p->seq_q, t->block_m),
+        .heads = (int)p->heads_q,
+        .shared_bytes = (unsigned)shared_bytes(t, (int)p->head_dim, (int)p->head_dim_v),
+    };
+    if (kernel == FA_CUDA_FORWARD || kernel == FA_CUDA_BACKWARD) {
+        s.variant.tf32 = p->dtype == FA_FLOAT32 && p->allow_tf32;
+        s.variant.mask = (uint8_t)mask_kind(p);
+        s.variant.window = p->window_left >= 0 || p->window_right >= 0;
+        s.variant.dropout = p->dropout_p > 0;
+    }
+    if (kernel == FA_CUDA_BACKWARD) {
+        s.variant.mask_grad = p->dmask.data != NULL;
+        s.blocks = (int)div_up(p->seq_k, t->block_n);
+        s.heads = (int)p->heads_k;
+    }
+    return s;
+}
+
+int fa_cuda_plan(const struct fa_params *p, int arch,
+                 struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
+    int count = 0;
+    if (!is_backward(p)) {
+        steps[count++] = step(FA_CUDA_FORWARD, p, arch);
+        return count;
+    }
+    steps[count++] = step(FA_CUDA_PREPARE, p, arch);
+    steps[count++] = step(FA_CUDA_BACKWARD, p, arch);
+    if (p->dq.data)
+        steps[count++] = step(FA_CUDA_CONVERT, p, arch);
+    return count;
+}
+
+void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIONS_BYTES]) {
+    char *at = options, *end = options + FA_CUDA_OPTIONS_BYTES - 1;
+#define ADD(...) at += snprintf(at, (size_t)(end - at), __VA_ARGS__) + 1
+    /* wgmma and setmaxnreg are in sm_90a alone */
+    ADD("--gpu-architecture=sm_%d%s", v->arch, v->arch == 90 ? "a" : "");
+    ADD("--std=c++17");
+    ADD("--ptxas-options=-v"); /* registers and spills, into the log */
+    ADD("-DFA_DTYPE_FP16=%d", v->dtype == FA_FLOAT16);
+    ADD("-DFA_DTYPE_BF16=%d", v->dtype == FA_BFLOAT16);
+    ADD("-DFA_DTYPE_FP32=%d", v->dtype == FA_FLOAT32);
+    ADD("-DFA_TF32=%d", v->tf32);
+    ADD("-DFA_ALIGNED=%d", v->aligned);
+    ADD("-DFA_MASK=%d", v->mask);
+    ADD("-DFA_WINDOW=%d", v->window);
+    ADD("-DFA_DROPOUT=%d", v->dropout);
+    ADD("-DFA_MASK_GRAD=%d", v->mask_grad);
+    ADD("-DHEAD_DIM=%d", v->head_dim);
+    ADD("-DHEAD_DIM_V=%d", v->head_dim_v);
+    ADD("-DBLOCK_M=%d", v->block_m);
+    ADD("-DBLOCK_N=%d", v->block_n);
+    ADD("-DTHREADS=%d", v->threads);
+#undef ADD
+    *at = 0;
+}

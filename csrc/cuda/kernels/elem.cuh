@@ -1,0 +1,36 @@
+/* The 16-bit element type that a kernel is compiled for, and what arithmetic needs of it. */
+#pragma once
+
+typedef unsigned short elem;
+
+/* Two floats, rounded to nearest, side by side; lo has the lower address. */
+static __device__ __forceinline__ unsigned pack(float lo, float hi) {
+    unsigned pair;
+#if FA_DTYPE_BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+#endif
+    return pair;
+}
+
+static __device__ __forceinline__ float to_float(elem x) {
+#if FA_DTYPE_BF16
+    return __uint_as_float((unsigned)x << 16);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+    return f;
+#endif
+}
+
+static __device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+#define NEGATIVE_INFINITY __int_as_float(0xff800000)
+#define POSITIVE_INFINITY __int_as_float(0x7f800000)

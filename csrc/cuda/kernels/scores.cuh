@@ -1,0 +1,79 @@
+/* What happens to a score between Q K^T and the softmax, and to a probability after it. A thread
+ * has scores in accumulators of mma_16x8x16: it names them by row and by the first of two columns.
+ */
+#pragma once
+
+#include "elem.cuh"
+#include "params.h"
+
+/* Added to the log2-scaled score (i, j); minus infinity where a bool mask is false. */
+static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, long long row_start,
+                                                   int j) {
+    [[maybe_unused]] const long long x = row_start + j * p.mask.stride_col;
+#if FA_MASK == 1
+    return ((const unsigned char *)p.mask.data)[x] ? 0 : NEGATIVE_INFINITY;
+#elif FA_MASK == 2
+    return to_float(((const elem *)p.mask.data)[x]) * LOG2E;
+#elif FA_MASK == 3
+    return ((const float *)p.mask.data)[x] * LOG2E;
+#else
+    return 0;
+#endif
+}
+
+static __device__ __forceinline__ long long mask_row(const fa_kernel_mask &mask, int b, int h,
+                                                     int i) {
+    return b * mask.stride_batch + h * mask.stride_head + i * mask.stride_row;
+}
+
+static __device__ __forceinline__ bool is_visible(const fa_kernel_params &p, int i, int j) {
+    return j < p.seq_k && (!FA_WINDOW || (i + p.window_begin <= j && j < i + p.window_end));
+}
+
+/* Whether some score of rows [i, i + rows) and columns [j, j + cols) is not visible. */
+static __device__ __forceinline__ bool is_cut(const fa_kernel_params &p, int i, int rows, int j,
+                                              int cols) {
+    return j + cols > p.seq_k ||
+           (FA_WINDOW && (i + rows - 1 + p.window_begin > j || i + p.window_end < j + cols));
+}
+
+/* --- dropout: the rule of csrc/dropout.h, whose eight numbers are what a thread holds of a 16 x 16
+ * tile: rows g and g + 8, columns 2t, 2t + 1, 2t + 8 and 2t + 9 --- */
+
+struct Dropout {
+    unsigned key0, key1, offset, head;
+
+    __device__ __forceinline__ Dropout(const fa_kernel_params &p, int b, int h) {
+#if FA_DROPOUT
+        const unsigned long long seed = p.rng_state[0];
+        key0 = (unsigned)seed;
+        key1 = (unsigned)(seed >> 32);
+        offset = (unsigned)p.rng_state[1];
+        head = b * p.heads_q + h;
+#endif
+    }
+
+    /* The numbers of the 16 x 16 tile at (i, j), multiples of 16, for rows i + g and i + g + 8 and
+     * the columns from j + 2t on. n = (row bit 3) * 4 + (column bit 3) * 2 + column bit 0. */
+    __device__ __forceinline__ void draw(unsigned (&word)[4], int i, int j, int g, int t) const {
+        unsigned c0 = (i >> 4 << 3) + g, c1 = (j >> 4 << 2) + t, c2 = head, c3 = offset;
+        unsigned k0 = key0, k1 = key1;
+#pragma unroll
+        for (int round = 0; round < 10; round++) {
+            const unsigned lo0 = 0xD2511F53u * c0, hi0 = __umulhi(0xD2511F53u, c0);
+            const unsigned lo1 = 0xCD9E8D57u * c2, hi1 = __umulhi(0xCD9E8D57u, c2);
+            c0 = hi1 ^ c1 ^ k0;
+            c1 = lo1;
+            c2 = hi0 ^ c3 ^ k1;
+            c3 = lo0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+    }
+
+    static __device__ __forceinline__ bool keeps(const fa_kernel_params &p,
+                                                 const unsigned (&word)[4], int n) {
+        return (word[n >> 1] >> 16 * (n & 1) & 0xffff) >= p.dropout_threshold;
+    }
+};

@@ -1,0 +1,129 @@
+/* Tiles in shared memory: rows of 16-bit elements, as wide as the head size rounded up to 16 (what
+ * one mma multiplies), zeros where the tensor has ended. Rows are 16 bytes apart more than they are
+ * wide: an odd multiple of 16 bytes, so that the eight rows of an ldmatrix fall into different
+ * banks, for any head size. */
+#pragma once
+
+#include "elem.cuh"
+#include "params.h"
+#include "ptx/copy.cuh"
+#include "ptx/mma.cuh"
+
+__host__ __device__ constexpr int round_up_16(int n) {
+    return (n + 15) / 16 * 16;
+}
+__host__ __device__ constexpr int power_of_2_from(int n) {
+    int power = 1;
+    while (power < n)
+        power *= 2;
+    return power;
+}
+
+template <int ROWS_, int COLS_> struct Tile {
+    static constexpr int ROWS = ROWS_, COLS = COLS_, WIDTH = round_up_16(COLS_);
+    static constexpr int PITCH = WIDTH * 2 + 16; /* bytes from row to row */
+    static constexpr int BYTES = ROWS * PITCH;
+    static constexpr int CHUNKS = WIDTH / 8; /* of 16 bytes in a row */
+
+    unsigned address; /* in shared memory */
+
+    __device__ __forceinline__ unsigned at(int row, int col) const {
+        return address + row * PITCH + col * 2;
+    }
+
+    /* Rows [0, rows) of src, by all threads of the block. With FA_ALIGNED, a row of the tensor
+     * starts at a multiple of 16 bytes and the copy is asynchronous; otherwise it is at once. */
+    __device__ __forceinline__ void load(const elem *src, long long stride, int rows) const {
+        constexpr int LANES = power_of_2_from(CHUNKS), STEP = THREADS / LANES;
+        const int col = threadIdx.x % LANES * 8, first = threadIdx.x / LANES;
+        if (LANES != CHUNKS && col >= WIDTH)
+            return;
+        const elem *from = src + first * stride + col;
+        unsigned to = at(first, col);
+#pragma unroll
+        for (int row = 0; row < ROWS; row += STEP) {
+            if (ROWS % STEP != 0 && row + first >= ROWS)
+                break;
+#if FA_ALIGNED
+            const int bytes = WIDTH == COLS ? 16 : max(0, min(8, COLS - col)) * 2;
+            const bool valid = row + first < rows && bytes > 0;
+            cp_async_16(to, valid ? from : src, valid ? bytes : 0);
+#else
+            unsigned word[4];
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                const bool valid = row + first < rows;
+                const unsigned lo = valid && col + 2 * w < COLS ? from[2 * w] : 0;
+                const unsigned hi = valid && col + 2 * w + 1 < COLS ? from[2 * w + 1] : 0;
+                word[w] = lo | hi << 16;
+            }
+            asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(word[0]),
+                         "r"(word[1]), "r"(word[2]), "r"(word[3])
+                         : "memory");
+#endif
+            from += STEP * stride;
+            to += STEP * PITCH;
+        }
+    }
+
+    /* Rows [0, rows) to dst, by `threads` threads of which this is number `thread`. */
+    __device__ __forceinline__ void store(elem *dst, long long stride, int rows, int first_row,
+                                          int row_count, int thread, int threads) const {
+        for (int chunk = thread; chunk < row_count * CHUNKS; chunk += threads) {
+            const int row = first_row + chunk / CHUNKS, col = chunk % CHUNKS * 8;
+            if (row >= rows || col >= COLS)
+                continue;
+            unsigned word[4];
+            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                         : "r"(at(row, col))
+                         : "memory");
+            elem *to = dst + row * stride + col;
+#if FA_ALIGNED
+            if (col + 8 <= COLS) {
+                *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
+                continue;
+            }
+#endif
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (col + i < COLS)
+                    to[i] = (elem)(word[i / 2] >> 16 * (i % 2));
+            }
+        }
+    }
+
+    __device__ __forceinline__ void put(int row, int col, unsigned pair) const {
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at(row, col)), "r"(pair) : "memory");
+    }
+
+    /* --- operands of mma_16x8x16, for this thread --- */
+
+    /* A = tile[row .. row + 15][col .. col + 15] */
+    __device__ __forceinline__ void a(unsigned (&r)[4], int row, int col) const {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4(r, at(row + lane % 16, col + lane / 16 * 8));
+    }
+    /* A = the transpose of tile[row .. row + 15][col .. col + 15] */
+    __device__ __forceinline__ void a_transposed(unsigned (&r)[4], int row, int col) const {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4_trans(r, at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
+    }
+    /* Two B: the transposes of tile[row .. row + 7][col .. col + 15] in r[0], r[1] and of the next
+     * eight rows in r[2], r[3]: a product with the rows of the tile, as in Q K^T. */
+    __device__ __forceinline__ void b_of_rows(unsigned (&r)[4], int row, int col) const {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4(r, at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
+    }
+    /* Two B: tile[row .. row + 15][col .. col + 7] in r[0], r[1] and the next eight columns in
+     * r[2], r[3]: a product with the columns, as in P V. */
+    __device__ __forceinline__ void b_of_cols(unsigned (&r)[4], int row, int col) const {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4_trans(r, at(row + lane % 16, col + lane / 16 * 8));
+    }
+};
+
+/* Element (b, h, i, 0). */
+static __device__ __forceinline__ elem *row_of(const fa_kernel_tensor &t, int b, int h, int i) {
+    return (elem *)t.data + b * t.stride_batch + h * t.stride_head + i * t.stride_row;
+}
