@@ -222,7 +222,7 @@ def assert_accurate(case: Case, attention: Callable = kernel_attention) -> None:
         standards = ratio * max_abs(standard[name].double() - expected)
         largest = max_abs(expected)
         floor = EPS[result.dtype] * largest
-        floor += eps_of_sums(dtype) * (2 + scores) * max(largest, terms.get(name, 0.0))
+        floor += eps_of_sums(dtype) * (2 + scores) * max(largest, terms[name])
         allowed = max(standards, kept[name]) + floor
         assert error <= allowed, (
             f"{name}: error {error:.3g}; standard attention's {standards:.3g}, from what is kept "
@@ -233,20 +233,27 @@ def assert_accurate(case: Case, attention: Callable = kernel_attention) -> None:
 def size_of_terms(case: Case, grad_out: Tensor) -> dict[str, float]:
     """What a sum would be if its terms did not cancel: the root of the sum of their squares.
 
-    For the output, P V, and for the gradient of a mask that broadcasts, sums of dS. (Over all of a
-    row dS sums up to 0.)
+    dS = P * (dP - delta) counts as two terms, and over all of a row it sums up to 0.
     """
     q, k, v, mask = (convert(x, torch.float64) for x in case.inputs)
     group = q.shape[1] // k.shape[1]
     identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
     P = naive_attention(q, k, identity, mask=mask, **case.options)  # [B, Hq, Sq, Sk]
-    terms = {"out": max_abs((P.square() @ v.square().repeat_interleave(group, 1)).sqrt())}
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    dO = grad_out.double()
+    delta = ((P @ v) * dO).sum(dim=-1, keepdim=True)  # [B, Hq, Sq, 1]
+    P = P.square()
+    dS = P * ((dO @ v.mT).square() + delta.square())  # [B, Hq, Sq, Sk]
+    scale = case.options["scale"] ** 2
+    squares = {
+        "out": P @ v.square(),
+        "dq": scale * dS @ k.square(),
+        "dk": scale * (dS.mT @ q.square()).unflatten(1, (-1, group)).sum(dim=2),
+        "dv": (P.mT @ dO.square()).unflatten(1, (-1, group)).sum(dim=2),
+    }
     if differentiable(mask):
-        everything = mask.detach().expand(P.shape).clone().requires_grad_()
-        out = naive_attention(q, k, v, mask=everything, **case.options)
-        (dS,) = torch.autograd.grad(out, everything, grad_out.double())
-        terms["dmask"] = max_abs(dS.square().sum_to_size(mask.shape).sqrt())
-    return terms
+        squares["dmask"] = dS.sum_to_size(mask.shape)
+    return {name: max_abs(square) ** 0.5 for name, square in squares.items()}
 
 
 def eps_of_sums(dtype: torch.dtype) -> float:
