@@ -221,9 +221,9 @@ def assert_accurate(case: Case, attention: Callable = kernel_attention) -> None:
         error = max_abs(result.double() - expected)
         standards = ratio * max_abs(standard[name].double() - expected)
         largest = max_abs(expected)
-        floor = EPS[result.dtype] * largest
+        floor = max(EPS[dtype], EPS[result.dtype]) * largest
         floor += eps_of_sums(dtype) * (2 + scores) * max(largest, terms[name])
-        allowed = max(standards, kept[name]) + floor
+        allowed = math.hypot(standards, kept[name]) + floor  # independent errors
         assert error <= allowed, (
             f"{name}: error {error:.3g}; standard attention's {standards:.3g}, from what is kept "
             f"{kept[name]:.3g}, floor {floor:.3g}; largest value {max_abs(expected):.3g}"
