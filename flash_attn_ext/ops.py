@@ -70,7 +70,9 @@ class _FunctorchAttention(torch.autograd.Function):
 
 
 def _check_devices(q, **tensors):
-    for name, t in tensors.items():
+    for name, t in {"q": q, **tensors}.items():
+        if t is None and name not in ("mask", "rng_state"):
+            raise RuntimeError(f"flash_attn_ext: {name} must be a Tensor, but got None")
         if t is not None and t.device != q.device:
             raise RuntimeError(
                 f"flash_attn_ext: {name} must be on the device of q ({q.device}), "

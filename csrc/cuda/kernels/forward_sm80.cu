@@ -131,8 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         const bool cut = is_cut(p, first_query + warp_row, 16 * WARP_TILES, key, BLOCK_N);
         float c = p.scale_log2e;
-        if (FA_MASK ||
-            c < 0) { /* the maximum of a score times c is c times the maximum if c >= 0 */
+        if (FA_MASK || c <= 0) { /* else the maximum of c S is c times that of S */
 #pragma unroll
             for (int w = 0; w < WARP_TILES; w++)
 #pragma unroll
