@@ -22,7 +22,9 @@ except ImportError as error:
     ) from None
 
 C_FLAGS = "-O3 -std=c11 -fno-math-errno -fvisibility=hidden -Wall -Wextra".split()
-CXX_FLAGS = "-O2 -std=c++20 -fvisibility=hidden -Wall -g0".split()
+# Without -fopenmp at::parallel_for is a plain loop. It is not linked with OpenMP: libtorch_cpu
+# brings the one runtime that both shall use.
+CXX_FLAGS = "-O2 -std=c++20 -fopenmp -fvisibility=hidden -Wall -g0".split()
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

@@ -1,8 +1,15 @@
-"""The same bits every run, however many threads there are."""
+"""All threads are used, and the bits are the same every run, however many threads there are."""
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, forward_backward, kernel_attention, make_case
+from helpers import (
+    DTYPES,
+    assert_same_bits,
+    forward_backward,
+    in_new_process,
+    kernel_attention,
+    make_case,
+)
 
 FEATURES = ["causal", "bias", "query_bias+dropout", "grouped+wide_v+key_mask"]
 
@@ -43,3 +50,34 @@ def test_backward_repeats_with_any_number_of_threads(features, threads):
     for count in (1, 2, 3):
         threads(count)
         assert_same_bits(results(case, grad_out), results(case, grad_out))
+
+
+COUNT_STARTED_THREADS = """
+import os, sys
+import torch
+import flash_attn_ext
+
+ops, options = torch.ops.flash_attn_ext, (0.125, -1, -1, 0, 0.0)
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, 1, int(n), 64) for n in sys.argv[2:])
+out, lse = ops.attention_forward(q, k, v, None, None, *options)
+
+torch.set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+if sys.argv[1] == "forward":
+    ops.attention_forward(q, k, v, None, None, *options)
+else:
+    ops.attention_backward(out, q, k, v, None, None, out, lse, *options, [True, True, True, False])
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("direction", "seq_q", "seq_k"),
+    [("forward", 1000, 1000), ("forward", 1, 4000), ("backward", 1000, 1000)],
+)
+def test_one_head_uses_every_thread(direction, seq_q, seq_k):
+    """The threads are started by whoever needs them first: in a new process, by us."""
+    process = in_new_process(COUNT_STARTED_THREADS, direction, seq_q, seq_k, seq_k)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) == 2  # and the calling one
