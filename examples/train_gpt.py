@@ -123,6 +123,8 @@ def train(name: str, device: str, options: argparse.Namespace) -> dict:
     windows = text.unfold(0, options.context + 1, 1)  # [characters, N + 1], a view
     order = torch.randint(len(windows), (options.steps, options.batch))
 
+    tiny = torch.randn(1, 1, 16, options.head_dim, device=device, requires_grad=True)
+    ATTENTIONS[name](tiny, tiny, tiny).sum().backward()  # loads libraries
     with PeakMemory(device) as memory:
         model = GPT(
             options.context, options.layers, options.heads, options.head_dim, ATTENTIONS[name]
@@ -190,10 +192,10 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--context", type=int, default=1024, help="characters, N")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)

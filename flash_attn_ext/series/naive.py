@@ -34,25 +34,32 @@ def attention(
     """
     (B, Hq, Sq, _), (_, Hk, Sk, _) = Q.shape, K.shape
     group = Hq // max(Hk, 1)
-    K = K.repeat_interleave(group, dim=1)  # [B, Hq, Sk, D]
-    V = V.repeat_interleave(group, dim=1)  # [B, Hq, Sk, Dv]
+    if group > 1:
+        K = K.repeat_interleave(group, dim=1)  # [B, Hq, Sk, D]
+        V = V.repeat_interleave(group, dim=1)  # [B, Hq, Sk, Dv]
 
     S = scale * (Q @ K.transpose(-2, -1))  # [B, Hq, Sq, Sk]
     if mask is not None and mask.dtype == torch.bool:
         S = S.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         S = (S + mask).to(Q.dtype)  # a float32 mask may come with half-precision queries
-    S = S.masked_fill(~visible(range(Sq), range(Sk), window, diagonal_offset, Q.device), -torch.inf)
-
-    # softmax(-inf, ..., -inf) is 0 / 0: keep such rows out of it, and out of the gradient.
-    attends_to_nothing = torch.isneginf(S).all(dim=-1, keepdim=True)  # [B, Hq, Sq, 1]
-    P = torch.softmax(S.masked_fill(attends_to_nothing, 0), dim=-1)  # [B, Hq, Sq, Sk]
-    P = P.masked_fill(attends_to_nothing, 0)
+    if window != NO_WINDOW:
+        seen = visible(range(Sq), range(Sk), window, diagonal_offset, Q.device)
+        S = S.masked_fill(~seen, -torch.inf)
+    P = softmax(S)  # [B, Hq, Sq, Sk]
 
     if dropout_p > 0:
         P = P.masked_fill(~keep_mask(rng_state, dropout_p, B, Hq, range(Sq), range(Sk)), 0)
         P = P / (1 - dropout_p) if dropout_p < 1 else P
     return P @ V  # [B, Hq, Sq, Dv]
+
+
+def softmax(S: Tensor) -> Tensor:
+    """Along the last dimension. A row of nothing but -inf, 0 / 0 by the formula, gives 0."""
+    empty = torch.isneginf(S).all(dim=-1, keepdim=True)
+    if not empty.any():
+        return torch.softmax(S, dim=-1)
+    return torch.softmax(S.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
 
 
 def visible(
