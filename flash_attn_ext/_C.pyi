@@ -1,5 +1,19 @@
 from typing import TypedDict
 
+from torch import Tensor
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    /,
+) -> Tensor | None: ...
+
 class BuildInfo(TypedDict):
     version: str
     torch: str

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../flash_attention.h"
+#include "fast_path.h"
 
 namespace py = pybind11;
 
@@ -155,10 +156,19 @@ py::list cuda_compile(const py::dict &call, int arch) {
     return kernels;
 }
 
+// Past pybind11, whose own calls cost as much as the whole of the fast path.
+PyMethodDef methods[] = {
+    {"attention", reinterpret_cast<PyCFunction>(flash_attn_ext::attention), METH_FASTCALL,
+     "scaled_dot_product_attention for plain calls; None: not such a call."},
+    {},
+};
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled part of flash_attn_ext: operators, and facts about the build.";
+    if (PyModule_AddFunctions(m.ptr(), methods) != 0)
+        throw py::error_already_set();
     m.def("isa", isa, "Name of the instruction set that the CPU kernels use.");
     m.def("isa_list", isa_list,
           "(name, usable on this machine) of every instruction set compiled in, best first.");
