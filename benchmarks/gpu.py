@@ -414,7 +414,7 @@ def line(result: dict, direction: str) -> str:
     for how, peers in result[direction].items():
         text += f" {how}:"
         for name, mine in peers.items():
-            text += f"  {name} {mine['tflops']:.0f}"
+            text += f"  {name} {mine['tflops']:.3g}"
             if name != "ours":
                 text += f" (x{mine['speedup']['median']:.2f})"
     return text
