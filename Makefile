@@ -72,9 +72,10 @@ format: $(INSTALLED) ## put everything into style
 	$(PYTHON) -m ruff format .
 	$(CLANG_FORMAT) -i $(C_FILES)
 
-asan: ## fuzz the C core, without Python, under the address, UB and thread sanitizers
+asan: ## the C code, without Python, under the address, UB and thread sanitizers
 	$(MAKE) -C tests/c asan
 	$(MAKE) -C tests/c tsan
+	$(MAKE) -C tests/c engine
 
 # Checked first, so that what is compiled is in the cache. PyTorch's own kernels are not checked, and
 # neither is what its libraries ask the driver in vain.
