@@ -29,8 +29,8 @@ def total_bytes(*tensors) -> int:
 
 @pytest.mark.parametrize("n", [1024, 2048, 4096])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("features", ["", "causal", "grouped+dropout", "key_mask", "head_bias"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("features", ["", "causal+grouped+dropout", "head_bias"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_extra_memory(dtype, features, head_dim, n):
     case = make_case(
         features, dtype=dtype, device="cuda", batch=1, seq_q=n, seq_k=n, head_dim=head_dim
