@@ -37,6 +37,12 @@ static __device__ __forceinline__ bool is_cut(const fa_kernel_params &p, int i, 
            (FA_WINDOW && (i + rows - 1 + p.window_begin > j || i + p.window_end < j + cols));
 }
 
+/* Whether none of these scores is visible through the window. */
+static __device__ __forceinline__ bool is_hidden(const fa_kernel_params &p, int i, int rows, int j,
+                                                 int cols) {
+    return FA_WINDOW && (i + rows - 1 + p.window_end <= j || j + cols <= i + p.window_begin);
+}
+
 /* --- dropout: the rule of csrc/dropout.h, whose eight numbers are what a thread holds of a 16 x 16
  * tile: rows g and g + 8, columns 2t, 2t + 1, 2t + 8 and 2t + 9 --- */
 

@@ -19,3 +19,14 @@ static __device__ __forceinline__ void cp_async_commit() {
 template <int N> static __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+/* Two and four words of shared memory. */
+static __device__ __forceinline__ void load_shared_2(unsigned &x, unsigned &y, unsigned address) {
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
+}
+static __device__ __forceinline__ void store_shared_4(unsigned address, unsigned x, unsigned y,
+                                                      unsigned z, unsigned w) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x), "r"(y), "r"(z),
+                 "r"(w)
+                 : "memory");
+}
