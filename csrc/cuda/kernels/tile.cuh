@@ -77,10 +77,7 @@ template <int ROWS_, int COLS_> struct Tile {
             if (row >= rows || col >= COLS)
                 continue;
             unsigned word[4];
-            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                         : "r"(at(row, col))
-                         : "memory");
+            load_shared_4(word, at(row, col));
             elem *to = dst + row * stride + col;
 #if FA_ALIGNED
             if (col + CHUNK <= COLS) {
@@ -101,7 +98,7 @@ template <int ROWS_, int COLS_> struct Tile {
     }
 
     __device__ __forceinline__ void put(int row, int col, unsigned pair) const {
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at(row, col)), "r"(pair) : "memory");
+        store_shared_1(at(row, col), pair);
     }
 
     /* --- operands of an mma, for this thread: of mma_16x8x16, or of mma_16x8x8 for floats, which

@@ -20,9 +20,18 @@ template <int N> static __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-/* Two and four words of shared memory. */
+/* Words of shared memory. */
 static __device__ __forceinline__ void load_shared_2(unsigned &x, unsigned &y, unsigned address) {
     asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
+}
+static __device__ __forceinline__ void load_shared_4(unsigned (&r)[4], unsigned address) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+static __device__ __forceinline__ void store_shared_1(unsigned address, unsigned x) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 static __device__ __forceinline__ void store_shared_4(unsigned address, unsigned x, unsigned y,
                                                       unsigned z, unsigned w) {
