@@ -56,7 +56,7 @@ multiply_scores(float (&S)[WARP_TILES][KEY_TILES][4], const QTile &Q, int first_
 #pragma unroll
             for (int x = 0; x < 4; x++)
                 S[w][n][x] = 0;
-#pragma unroll
+#pragma unroll(PARTS == 1 ? DEPTH_STEPS : 1) /* what is loaded ahead takes registers */
     for (int step = 0; step < DEPTH_STEPS; step++) {
         Operand loaded[WARP_TILES];
         if (!KEEP_Q)
@@ -98,7 +98,22 @@ static __device__ __forceinline__ float finish_scores(float (&S)[KEY_TILES][4],
                                                       int i, int j, bool cut) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float c = p.scale_log2e;
-    if (FA_MASK || c <= 0) {
+    if (FA_MASK && !cut && has_mask_pairs(p.mask)) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const mask_elem *at = (const mask_elem *)p.mask.data +
+                                  mask_row(p.mask, b, h, min(i + g + 8 * r, p.seq_q - 1)) + j +
+                                  2 * t;
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++) {
+                float first, second;
+                mask_pair(at + 8 * n, first, second);
+                S[n][2 * r] = S[n][2 * r] * c + first;
+                S[n][2 * r + 1] = S[n][2 * r + 1] * c + second;
+            }
+        }
+        c = 1;
+    } else if (FA_MASK || c <= 0) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const long long row = mask_row(p.mask, b, h, min(i + g + 8 * r, p.seq_q - 1));
@@ -107,8 +122,7 @@ static __device__ __forceinline__ float finish_scores(float (&S)[KEY_TILES][4],
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
                     float &s = S[n][2 * r + x];
-                    const int col = min(j + 8 * n + 2 * t + x, p.seq_k - 1);
-                    s = s * c + mask_value(p, row, col);
+                    s = s * c + mask_value(p, row, min(j + 8 * n + 2 * t + x, p.seq_k - 1));
                 }
         }
         c = 1;

@@ -29,26 +29,46 @@ struct Operand {
     }
 };
 
-/* C[w][n] and C[w][n + 1] += A[w] B, without the products of small parts. Products that add to
- * the same sum are not next to each other, since one waits for the other. */
+static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                                unsigned b1) {
+#if FA_DTYPE_FP32
+    mma_16x8x8(d, a, b0, b1);
+#else
+    mma_16x8x16(d, a, b0, b1);
+#endif
+}
+
+/* C[w][n] and C[w][n + 1] += A[w] B. */
 template <int COUNT, int TILES>
 static __device__ __forceinline__ void multiply(float (&C)[COUNT][TILES][4], int n,
                                                 const Operand (&a)[COUNT], const Operand &b) {
+#if FA_DTYPE_FP32 && !FA_TF32
+    /* Without the product of the small parts; that of the large parts last. A tensor core rounds
+     * sums toward zero, which adds up over a long sequence: so the sum is kept outside. */
+    float sum[2 * COUNT][4] = {};
 #pragma unroll
-    for (int smallness = PARTS - 1; smallness >= 0; smallness--)
+    for (int product = 0; product < 3; product++)
 #pragma unroll
-        for (int i = 0; i <= smallness; i++)
+        for (int w = 0; w < COUNT; w++) {
+            const unsigned(&x)[4] = a[w].part[product == 0], (&y)[4] = b.part[product == 1];
+            multiply(sum[2 * w], x, y[0], y[1]);
+            multiply(sum[2 * w + 1], x, y[2], y[3]);
+        }
 #pragma unroll
-            for (int w = 0; w < COUNT; w++) {
-                const unsigned(&x)[4] = a[w].part[i], (&y)[4] = b.part[smallness - i];
-#if FA_DTYPE_FP32
-                mma_16x8x8(C[w][n], x, y[0], y[1]);
-                mma_16x8x8(C[w][n + 1], x, y[2], y[3]);
+    for (int w = 0; w < COUNT; w++)
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            C[w][n][x] += sum[2 * w][x];
+            C[w][n + 1][x] += sum[2 * w + 1][x];
+        }
 #else
-                mma_16x8x16(C[w][n], x, y[0], y[1]);
-                mma_16x8x16(C[w][n + 1], x, y[2], y[3]);
+#pragma unroll
+    for (int w = 0; w < COUNT; w++) {
+        const unsigned(&x)[4] = a[w].part[0], (&y)[4] = b.part[0];
+        multiply(C[w][n], x, y[0], y[1]);
+        multiply(C[w][n + 1], x, y[2], y[3]);
+    }
 #endif
-            }
 }
 
 /* Columns 8n + 2t and 8n + 2t + 1 of row g + 8r of an A that is multiplied with Tile::b_of_cols. */

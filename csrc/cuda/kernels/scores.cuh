@@ -6,6 +6,13 @@
 #include "elem.cuh"
 #include "params.h"
 
+/* In units of log2. The lowest finite numbers stay finite: where all keys of a row have one, it is
+ * not a row that attends to nothing. */
+static __device__ __forceinline__ float additive(float mask) {
+    const float scaled = mask * LOG2E;
+    return scaled == NEGATIVE_INFINITY ? mask : scaled;
+}
+
 /* Added to the log2-scaled score (i, j); minus infinity where a bool mask is false. */
 static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, long long row_start,
                                                    int j) {
@@ -13,11 +20,43 @@ static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, lo
 #if FA_MASK == 1
     return ((const unsigned char *)p.mask.data)[x] ? 0 : NEGATIVE_INFINITY;
 #elif FA_MASK == 2
-    return to_float(((const elem *)p.mask.data)[x]) * LOG2E;
+    return additive(to_float(((const elem *)p.mask.data)[x]));
 #elif FA_MASK == 3
-    return ((const float *)p.mask.data)[x] * LOG2E;
+    return additive(((const float *)p.mask.data)[x]);
 #else
     return 0;
+#endif
+}
+
+#if FA_MASK == 1
+typedef unsigned char mask_elem;
+#elif FA_MASK == 2
+typedef elem mask_elem;
+#else
+typedef float mask_elem;
+#endif
+
+/* Whether the values at columns j and j + 1, j even, can be loaded at once. */
+static __device__ __forceinline__ bool has_mask_pairs(const fa_kernel_mask &mask) {
+    const long long bits = mask.stride_batch | mask.stride_head | mask.stride_row;
+    constexpr long long BYTES = 2 * sizeof(mask_elem);
+    return mask.stride_col == 1 && bits % 2 == 0 && (long long)mask.data % BYTES == 0;
+}
+
+/* mask_value at x and x + 1 elements. */
+static __device__ __forceinline__ void mask_pair(const mask_elem *at, float &first, float &second) {
+#if FA_MASK == 1
+    const unsigned pair = *(const unsigned short *)at;
+    first = pair & 0xff ? 0 : NEGATIVE_INFINITY;
+    second = pair >> 8 ? 0 : NEGATIVE_INFINITY;
+#elif FA_MASK == 2 && !FA_DTYPE_FP32
+    const unsigned pair = *(const unsigned *)at;
+    first = additive(to_float((elem)pair));
+    second = additive(to_float((elem)(pair >> 16)));
+#else
+    const float2 pair = *(const float2 *)at;
+    first = additive(pair.x);
+    second = additive(pair.y);
 #endif
 }
 

@@ -36,7 +36,8 @@ template <int ROWS_, int COLS_> struct Tile {
      * starts at a multiple of 16 bytes and the copy is asynchronous; otherwise it is at once. */
     __device__ __forceinline__ void load(const elem *src, long long stride, int rows) const {
         constexpr int LANES = power_of_2_from(CHUNKS), STEP = THREADS / LANES;
-        const int col = threadIdx.x % LANES * CHUNK, first = threadIdx.x / LANES;
+        const unsigned thread = thread_index();
+        const int col = thread % LANES * CHUNK, first = thread / LANES;
         if (LANES != CHUNKS && col >= WIDTH)
             return;
         const elem *from = src + first * stride + col;

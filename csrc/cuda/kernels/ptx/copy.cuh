@@ -5,6 +5,13 @@ static __device__ __forceinline__ unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }
 
+/* threadIdx.x, read anew each time: what is derived from it takes no registers in between. */
+static __device__ __forceinline__ unsigned thread_index() {
+    unsigned x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 /* 16 bytes, of which the last 16 - bytes are zeros and not read. */
 static __device__ __forceinline__ void cp_async_16(unsigned dst, const void *src, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes)
