@@ -27,6 +27,10 @@ constexpr bool KEEP_Q = WARP_TILES * 4 * (PARTS * DEPTH_STEPS + OUT_TILES + KEY_
                             4 * KEY_STEPS <=
                         190;
 
+/* How many steps of a product are unrolled: all, or one, since the compiler starts on later ones
+ * early, for which operands of two parts leave no registers. */
+constexpr int UNROLL = PARTS == 1 ? 64 : 1;
+
 using QTile = Tile<BLOCK_M, HEAD_DIM>;
 using KTile = Tile<BLOCK_N, HEAD_DIM>;
 using VTile = Tile<BLOCK_N, HEAD_DIM_V>;
@@ -56,7 +60,7 @@ multiply_scores(float (&S)[WARP_TILES][KEY_TILES][4], const QTile &Q, int first_
 #pragma unroll
             for (int x = 0; x < 4; x++)
                 S[w][n][x] = 0;
-#pragma unroll(PARTS == 1 ? DEPTH_STEPS : 1) /* what is loaded ahead takes registers */
+#pragma unroll(UNROLL)
     for (int step = 0; step < DEPTH_STEPS; step++) {
         Operand loaded[WARP_TILES];
         if (!KEEP_Q)
@@ -71,16 +75,22 @@ multiply_scores(float (&S)[WARP_TILES][KEY_TILES][4], const QTile &Q, int first_
     }
 }
 
-/* O += P V */
-static __device__ __forceinline__ void
-multiply_values(float (&O)[WARP_TILES][OUT_TILES][4],
-                const unsigned (&P)[WARP_TILES][KEY_STEPS][4], const VTile &V) {
-#pragma unroll
+/* O += P V; P is used up. */
+static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OUT_TILES][4],
+                                                       unsigned (&P)[WARP_TILES][KEY_STEPS][4],
+                                                       const VTile &V) {
+#pragma unroll(UNROLL)
     for (int step = 0; step < KEY_STEPS; step++) {
         Operand a[WARP_TILES];
 #pragma unroll
-        for (int w = 0; w < WARP_TILES; w++)
-            a[w] = Operand(P[w][step]);
+        for (int w = 0; w < WARP_TILES; w++) {
+            a[w] = Operand(P[w][0]);
+#pragma unroll
+            for (int next = 1; next < KEY_STEPS; next++)
+#pragma unroll
+                for (int x = 0; x < 4; x++)
+                    P[w][next - 1][x] = P[w][next][x];
+        }
 #pragma unroll
         for (int d = 0; d < OUT_TILES; d += 2) {
             unsigned b[4];
@@ -88,6 +98,10 @@ multiply_values(float (&O)[WARP_TILES][OUT_TILES][4],
             multiply(O, d, a, Operand(b));
         }
     }
+}
+
+static __device__ __forceinline__ void add_mask(float &s, float c, mask_elem value) {
+    s = s * c + mask_term(value);
 }
 
 /* The scores of 16 rows from i on and of the keys from j on, as the softmax takes them: minus
@@ -98,35 +112,42 @@ static __device__ __forceinline__ float finish_scores(float (&S)[KEY_TILES][4],
                                                       int i, int j, bool cut) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float c = p.scale_log2e;
-    if (FA_MASK && !cut && has_mask_pairs(p.mask)) {
+    if (FA_MASK && !cut && has_pairs(p.mask)) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const mask_elem *at = (const mask_elem *)p.mask.data +
-                                  mask_row(p.mask, b, h, min(i + g + 8 * r, p.seq_q - 1)) + j +
-                                  2 * t;
+            const int row = min(i + g + 8 * r, p.seq_q - 1);
+            const auto *pairs = (const MaskPair *)((const mask_elem *)p.mask.data +
+                                                   mask_row(p.mask, b, h, row) + j + 2 * t);
 #pragma unroll
             for (int n = 0; n < KEY_TILES; n++) {
-                float first, second;
-                mask_pair(at + 8 * n, first, second);
-                S[n][2 * r] = S[n][2 * r] * c + first;
-                S[n][2 * r + 1] = S[n][2 * r + 1] * c + second;
+                const MaskPair pair = pairs[4 * n];
+                add_mask(S[n][2 * r], c, pair.first);
+                add_mask(S[n][2 * r + 1], c, pair.second);
             }
         }
-        c = 1;
-    } else if (FA_MASK || c <= 0) {
+    } else if (FA_MASK) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const long long row = mask_row(p.mask, b, h, min(i + g + 8 * r, p.seq_q - 1));
+            const int row = min(i + g + 8 * r, p.seq_q - 1);
+            const auto *values =
+                (const mask_elem *)p.mask.data + mask_row(p.mask, b, h, row);
 #pragma unroll
             for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
-                    float &s = S[n][2 * r + x];
-                    s = s * c + mask_value(p, row, min(j + 8 * n + 2 * t + x, p.seq_k - 1));
+                    const int col = min(j + 8 * n + 2 * t + x, p.seq_k - 1);
+                    add_mask(S[n][2 * r + x], c, values[col * p.mask.stride_col]);
                 }
         }
-        c = 1;
+    } else if (c <= 0) {
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                S[n][x] *= c;
     }
+    if (FA_MASK || c <= 0)
+        c = 1;
     if (cut) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {

@@ -6,28 +6,6 @@
 #include "elem.cuh"
 #include "params.h"
 
-/* In units of log2. The lowest finite numbers stay finite: where all keys of a row have one, it is
- * not a row that attends to nothing. */
-static __device__ __forceinline__ float additive(float mask) {
-    const float scaled = mask * LOG2E;
-    return scaled == NEGATIVE_INFINITY ? mask : scaled;
-}
-
-/* Added to the log2-scaled score (i, j); minus infinity where a bool mask is false. */
-static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, long long row_start,
-                                                   int j) {
-    [[maybe_unused]] const long long x = row_start + j * p.mask.stride_col;
-#if FA_MASK == 1
-    return ((const unsigned char *)p.mask.data)[x] ? 0 : NEGATIVE_INFINITY;
-#elif FA_MASK == 2
-    return additive(to_float(((const elem *)p.mask.data)[x]));
-#elif FA_MASK == 3
-    return additive(((const float *)p.mask.data)[x]);
-#else
-    return 0;
-#endif
-}
-
 #if FA_MASK == 1
 typedef unsigned char mask_elem;
 #elif FA_MASK == 2
@@ -36,28 +14,35 @@ typedef elem mask_elem;
 typedef float mask_elem;
 #endif
 
-/* Whether the values at columns j and j + 1, j even, can be loaded at once. */
-static __device__ __forceinline__ bool has_mask_pairs(const fa_kernel_mask &mask) {
-    const long long bits = mask.stride_batch | mask.stride_head | mask.stride_row;
-    constexpr long long BYTES = 2 * sizeof(mask_elem);
-    return mask.stride_col == 1 && bits % 2 == 0 && (long long)mask.data % BYTES == 0;
+/* What is added to a score in units of log2. The lowest finite numbers stay finite: where all keys
+ * of a row have one, it is not a row that attends to nothing. */
+static __device__ __forceinline__ float mask_term(mask_elem value) {
+#if FA_MASK == 1
+    return value ? 0 : NEGATIVE_INFINITY;
+#else
+#if FA_MASK == 2
+    const float mask = to_float(value);
+#else
+    const float mask = value;
+#endif
+    const float scaled = mask * LOG2E;
+    return scaled == NEGATIVE_INFINITY ? mask : scaled;
+#endif
 }
 
-/* mask_value at x and x + 1 elements. */
-static __device__ __forceinline__ void mask_pair(const mask_elem *at, float &first, float &second) {
-#if FA_MASK == 1
-    const unsigned pair = *(const unsigned short *)at;
-    first = pair & 0xff ? 0 : NEGATIVE_INFINITY;
-    second = pair >> 8 ? 0 : NEGATIVE_INFINITY;
-#elif FA_MASK == 2 && !FA_DTYPE_FP32
-    const unsigned pair = *(const unsigned *)at;
-    first = additive(to_float((elem)pair));
-    second = additive(to_float((elem)(pair >> 16)));
-#else
-    const float2 pair = *(const float2 *)at;
-    first = additive(pair.x);
-    second = additive(pair.y);
-#endif
+/* Added to the log2-scaled score (i, j); minus infinity where a bool mask is false. */
+static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, long long row_start,
+                                                   int j) {
+    return mask_term(((const mask_elem *)p.mask.data)[row_start + j * p.mask.stride_col]);
+}
+
+/* The values at columns j and j + 1, j even, where they can be loaded at once. */
+struct alignas(2 * sizeof(mask_elem)) MaskPair {
+    mask_elem first, second;
+};
+static __device__ __forceinline__ bool has_pairs(const fa_kernel_mask &mask) {
+    return mask.stride_col == 1 && (long long)mask.data % sizeof(MaskPair) == 0 &&
+           (mask.stride_batch | mask.stride_head | mask.stride_row) % 2 == 0;
 }
 
 static __device__ __forceinline__ long long mask_row(const fa_kernel_mask &mask, int b, int h,
