@@ -21,44 +21,66 @@ const char *fa_cuda_entry(const struct fa_cuda_variant *v) {
     return kernels[v->kernel].entry;
 }
 
+/* What products are made of: kernels/operand.cuh. */
+enum operand { HALF, TF32, TWO_TF32 };
+
 /* Tiles of block_m queries x block_n keys, worked on by `threads`, with room for `stages` tiles of
- * what passes by. The first row of a kernel that is for elements of that size, has room for the head
- * size and fits `resident` times into the shared memory of a multiprocessor is taken. */
+ * what passes by. The first row is taken that is for the kernel and the operand, has room for the
+ * head size, fits `resident` times into the shared memory of a multiprocessor and, where it is
+ * `plain`, for a call without mask and dropout. */
 static const struct tile {
-    int kernel, elem_bytes, max_head_dim; /* the larger of D and Dv */
+    int kernel;
+    enum operand operand;
+    int max_head_dim; /* the larger of D and Dv */
+    int plain;
     int block_m, block_n, threads, stages, resident;
 } tiles[] = {
     /* 4 warps of 32 queries: each operand that a warp loads of K and V serves two products, else
      * shared memory is the limit. A thread holds Dv registers of O, block_n of S and block_n / 4 of
      * P, of 255, with Q among them up to 64. Two blocks: one multiplies, one is at its softmax. */
-    {FA_CUDA_FORWARD, 2, 64, 128, 64, 128, 2, 2},
-    {FA_CUDA_FORWARD, 2, 64, 128, 64, 128, 1, 2},
-    {FA_CUDA_FORWARD, 2, 128, 128, 64, 128, 2, 2},
-    {FA_CUDA_FORWARD, 2, 128, 128, 64, 128, 1, 2},
-    {FA_CUDA_FORWARD, 2, 128, 64, 32, 128, 1, 2}, /* 99 KiB */
+    {FA_CUDA_FORWARD, HALF, 64, 0, 128, 64, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 64, 0, 128, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 1, 128, 64, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 0, 128, 48, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 1, 128, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 0, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
     /* 4 warps of 16 queries: half of that. */
-    {FA_CUDA_FORWARD, 2, 256, 64, 64, 128, 1, 2},
-    {FA_CUDA_FORWARD, 2, 256, 64, 32, 128, 1, 2},
-    {FA_CUDA_FORWARD, 2, 256, 64, 32, 128, 1, 1}, /* 99 KiB */
-    /* Operands of two parts, and P as float. */
-    {FA_CUDA_FORWARD, 4, 64, 128, 32, 128, 2, 2},
-    {FA_CUDA_FORWARD, 4, 64, 128, 32, 128, 1, 1}, /* 99 KiB */
-    {FA_CUDA_FORWARD, 4, 128, 128, 32, 128, 1, 2},
-    {FA_CUDA_FORWARD, 4, 128, 64, 32, 128, 1, 2},
-    {FA_CUDA_FORWARD, 4, 128, 64, 32, 128, 1, 1}, /* 99 KiB */
-    {FA_CUDA_FORWARD, 4, 256, 64, 16, 128, 1, 2},
-    {FA_CUDA_FORWARD, 4, 256, 64, 16, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, HALF, 256, 0, 64, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 256, 0, 64, 32, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 256, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
+    /* P takes block_n / 2. */
+    {FA_CUDA_FORWARD, TF32, 64, 0, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TF32, 64, 0, 128, 32, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TF32, 128, 1, 128, 32, 128, 1, 2},
+    {FA_CUDA_FORWARD, TF32, 128, 0, 128, 16, 128, 1, 2},
+    {FA_CUDA_FORWARD, TF32, 128, 0, 64, 32, 128, 1, 2},
+    {FA_CUDA_FORWARD, TF32, 128, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 2},
+    {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 1}, /* 99 KiB */
+    /* Twice the operands, and sums on their way to O; but three products for each operand. */
+    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 128, 32, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TWO_TF32, 256, 0, 64, 16, 128, 1, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 256, 0, 64, 16, 128, 1, 1}, /* 99 KiB */
 
     /* A warp for 16 keys: a thread holds (D + Dv) / 2 registers of dK and dV, block_m of S and dP.
      */
-    {FA_CUDA_BACKWARD, 2, 64, 64, 128, 256, 2, 1},
-    {FA_CUDA_BACKWARD, 2, 128, 32, 128, 256, 2, 1},
-    {FA_CUDA_BACKWARD, 2, 128, 32, 64, 128, 2, 1}, /* 99 KiB */
+    {FA_CUDA_BACKWARD, HALF, 64, 0, 64, 128, 256, 2, 1},
+    {FA_CUDA_BACKWARD, HALF, 128, 0, 32, 128, 256, 2, 1},
+    {FA_CUDA_BACKWARD, HALF, 128, 0, 32, 64, 128, 2, 1}, /* 99 KiB */
 
     /* A warp for each row, a few rows for each warp. */
-    {FA_CUDA_PREPARE, 2, 256, 64, 0, 256, 0, 1},
-    {FA_CUDA_CONVERT, 2, 256, 64, 0, 256, 0, 1},
+    {FA_CUDA_PREPARE, HALF, 256, 0, 64, 0, 256, 0, 1},
+    {FA_CUDA_CONVERT, HALF, 256, 0, 64, 0, 256, 0, 1},
 };
+
+static enum operand operand_of(const struct fa_params *p) {
+    return p->dtype != FA_FLOAT32 ? HALF : p->allow_tf32 ? TF32 : TWO_TF32;
+}
 
 static int round_up_16(int n) {
     return (n + 15) / 16 * 16;
@@ -68,13 +90,9 @@ static int max(int a, int b) {
     return a > b ? a : b;
 }
 
-static int element_bytes(enum fa_dtype dtype) {
-    return dtype == FA_FLOAT32 ? 4 : 2;
-}
-
 /* Bytes of `rows` rows in shared memory: Tile<rows, cols> of kernels/tile.cuh. */
 static int tile_bytes(const struct tile *t, int rows, int cols) {
-    return rows * (round_up_16(cols) * t->elem_bytes + 16);
+    return rows * (round_up_16(cols) * (t->operand == HALF ? 2 : 4) + 16);
 }
 
 /* What a kernel takes as dynamic shared memory. */
@@ -113,10 +131,11 @@ static int shared_limit(int arch) {
 
 static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch) {
     const int head_dim = (int)p->head_dim, head_dim_v = (int)p->head_dim_v;
+    const int plain = !p->mask.data && p->dropout_p == 0;
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
-        if (t->kernel == kernel && t->elem_bytes == element_bytes(p->dtype) &&
-            max(head_dim, head_dim_v) <= t->max_head_dim &&
+        if (t->kernel == kernel && t->operand == operand_of(p) &&
+            max(head_dim, head_dim_v) <= t->max_head_dim && plain >= t->plain &&
             t->resident * (shared_bytes(t, head_dim, head_dim_v) + OTHER_SHARED) <=
                 shared_limit(arch))
             return t;
@@ -174,6 +193,10 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
     return FA_OK;
 }
 
+static size_t element_bytes(enum fa_dtype dtype) {
+    return dtype == FA_FLOAT32 ? 4 : 2;
+}
+
 /* Whether each row that a kernel touches starts at a multiple of 16 bytes. The stride of a
  * dimension of size 1 may be anything. */
 static int is_aligned(const struct fa_params *p, const struct fa_tensor *t, int64_t heads,
@@ -185,7 +208,7 @@ static int is_aligned(const struct fa_params *p, const struct fa_tensor *t, int6
         bits |= (uint64_t)t->stride_head;
     if (rows > 1)
         bits |= (uint64_t)t->stride_row;
-    return (((uintptr_t)t->data | bits * (uint64_t)element_bytes(p->dtype)) & 15) == 0;
+    return (((uintptr_t)t->data | bits * element_bytes(p->dtype)) & 15) == 0;
 }
 
 static int all_aligned(const struct fa_params *p) {

@@ -168,8 +168,9 @@ static __device__ __forceinline__ float finish_scores(float (&S)[KEY_TILES][4],
 
 /* What is kept is divided by 1 - dropout_p at the end, in O. */
 static __device__ __forceinline__ void drop(unsigned (&P)[KEY_STEPS][4], const fa_kernel_params &p,
-                                            const Dropout &dropout, int i, int j) {
+                                            int b, int h, int i, int j) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const Dropout dropout(p, b, h);
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n += 2) {
         unsigned word[4];
@@ -221,7 +222,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
 
     float O[WARP_TILES][OUT_TILES][4] = {};
     Softmax softmax[WARP_TILES];
-    const Dropout dropout(p, b, h);
     Operand kept[KEEP_Q ? DEPTH_STEPS : 1][WARP_TILES];
     if (KEEP_Q) {
         cp_async_wait<0>();
@@ -266,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
             const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);
             softmax[w](P[w], S[w], c, O[w]);
             if (FA_DROPOUT)
-                drop(P[w], p, dropout, i + 16 * w, key);
+                drop(P[w], p, b, h, i + 16 * w, key);
         }
         multiply_values(O, P, V);
     }
