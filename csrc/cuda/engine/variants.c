@@ -51,7 +51,7 @@ static const struct tile {
     {FA_CUDA_FORWARD, HALF, 256, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
     /* P takes block_n / 2. */
     {FA_CUDA_FORWARD, TF32, 64, 0, 128, 32, 128, 2, 2},
-    {FA_CUDA_FORWARD, TF32, 64, 0, 128, 32, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TF32, 64, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
     {FA_CUDA_FORWARD, TF32, 128, 1, 128, 32, 128, 1, 2},
     {FA_CUDA_FORWARD, TF32, 128, 0, 128, 16, 128, 1, 2},
     {FA_CUDA_FORWARD, TF32, 128, 0, 64, 32, 128, 1, 2},
@@ -60,7 +60,7 @@ static const struct tile {
     {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 1}, /* 99 KiB */
     /* Twice the operands, and sums on their way to O; but three products for each operand. */
     {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 128, 32, 128, 2, 2},
-    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 128, 32, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
     {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 2, 2},
     {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 2},
     {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
@@ -98,8 +98,7 @@ static int tile_bytes(const struct tile *t, int rows, int cols) {
 /* What a kernel takes as dynamic shared memory. */
 static int shared_bytes(const struct tile *t, int head_dim, int head_dim_v) {
     const int keys = tile_bytes(t, t->block_n, head_dim) + tile_bytes(t, t->block_n, head_dim_v);
-    const int queries =
-        tile_bytes(t, t->block_m, head_dim) + tile_bytes(t, t->block_m, head_dim_v);
+    const int queries = tile_bytes(t, t->block_m, head_dim) + tile_bytes(t, t->block_m, head_dim_v);
     switch (t->kernel) {
     case FA_CUDA_FORWARD: /* Q, stages of K and V; O in their place */
         return max(tile_bytes(t, t->block_m, head_dim) + t->stages * keys,

@@ -23,9 +23,8 @@ static_assert(WARP_TILES * 16 * (THREADS / 32) == BLOCK_M, "a warp has whole til
 static_assert(BLOCK_N % 16 == 0, "keys come in pairs of tiles");
 
 /* Q stays in registers if there is room beside O, S and P of 16 rows. */
-constexpr bool KEEP_Q = WARP_TILES * 4 * (PARTS * DEPTH_STEPS + OUT_TILES + KEY_TILES) +
-                            4 * KEY_STEPS <=
-                        190;
+constexpr bool KEEP_Q =
+    WARP_TILES * 4 * (PARTS * DEPTH_STEPS + OUT_TILES + KEY_TILES) + 4 * KEY_STEPS <= 190;
 
 /* How many steps of a product are unrolled: all, or one, since the compiler starts on later ones
  * early, for which operands of two parts leave no registers. */
@@ -101,7 +100,7 @@ static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OU
 }
 
 static __device__ __forceinline__ void add_mask(float &s, float c, mask_elem value) {
-    s = s * c + mask_term(value);
+    s = FA_MASK == 1 && !value ? NEGATIVE_INFINITY : s * c + mask_term(value);
 }
 
 /* The scores of 16 rows from i on and of the keys from j on, as the softmax takes them: minus
@@ -129,8 +128,7 @@ static __device__ __forceinline__ float finish_scores(float (&S)[KEY_TILES][4],
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int row = min(i + g + 8 * r, p.seq_q - 1);
-            const auto *values =
-                (const mask_elem *)p.mask.data + mask_row(p.mask, b, h, row);
+            const auto *values = (const mask_elem *)p.mask.data + mask_row(p.mask, b, h, row);
 #pragma unroll
             for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll

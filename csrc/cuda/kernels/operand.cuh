@@ -6,14 +6,13 @@
 #include "ptx/copy.cuh"
 #include "ptx/mma.cuh"
 
-constexpr int MMA_DEPTH = 32 / sizeof(elem);                 /* columns of A, rows of B */
-constexpr int PARTS = FA_DTYPE_FP32 && !FA_TF32 ? 2 : 1;     /* of an operand, large to small */
+constexpr int MMA_DEPTH = 32 / sizeof(elem);             /* columns of A, rows of B */
+constexpr int PARTS = FA_DTYPE_FP32 && !FA_TF32 ? 2 : 1; /* of an operand, large to small */
 
 struct Operand {
     unsigned part[PARTS][4]; /* one A, or two B side by side */
 
-    __device__ __forceinline__ Operand() {
-    }
+    __device__ __forceinline__ Operand() {}
     __device__ __forceinline__ explicit Operand(const unsigned (&r)[4]) {
 #pragma unroll
         for (int x = 0; x < 4; x++) {
@@ -50,7 +49,7 @@ static __device__ __forceinline__ void multiply(float (&C)[COUNT][TILES][4], int
     for (int product = 0; product < 3; product++)
 #pragma unroll
         for (int w = 0; w < COUNT; w++) {
-            const unsigned(&x)[4] = a[w].part[product == 0], (&y)[4] = b.part[product == 1];
+            const unsigned (&x)[4] = a[w].part[product == 0], (&y)[4] = b.part[product == 1];
             multiply(sum[2 * w], x, y[0], y[1]);
             multiply(sum[2 * w + 1], x, y[2], y[3]);
         }
@@ -64,7 +63,7 @@ static __device__ __forceinline__ void multiply(float (&C)[COUNT][TILES][4], int
 #else
 #pragma unroll
     for (int w = 0; w < COUNT; w++) {
-        const unsigned(&x)[4] = a[w].part[0], (&y)[4] = b.part[0];
+        const unsigned (&x)[4] = a[w].part[0], (&y)[4] = b.part[0];
         multiply(C[w][n], x, y[0], y[1]);
         multiply(C[w][n + 1], x, y[2], y[3]);
     }

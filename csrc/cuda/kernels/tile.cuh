@@ -47,7 +47,8 @@ template <int ROWS_, int COLS_> struct Tile {
             if (ROWS % STEP != 0 && row + first >= ROWS)
                 break;
 #if FA_ALIGNED
-            const int bytes = WIDTH == COLS ? 16 : max(0, min(CHUNK, COLS - col)) * (int)sizeof(elem);
+            const int bytes =
+                WIDTH == COLS ? 16 : max(0, min(CHUNK, COLS - col)) * (int)sizeof(elem);
             const bool valid = row + first < rows && bytes > 0;
             cp_async_16(to, valid ? from : src, valid ? bytes : 0);
 #else

@@ -32,7 +32,8 @@ static __device__ __forceinline__ unsigned round_to_tf32(float x) {
     return y;
 }
 
-/* Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32-bit ones; lanes 8i .. 8i + 7 give the rows of matrix i. */
+/* Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32-bit ones; lanes 8i .. 8i + 7 give the rows
+ * of matrix i. */
 static __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
