@@ -22,13 +22,13 @@ constexpr int DEPTH_STEPS = round_up_16(HEAD_DIM) / MMA_DEPTH;
 static_assert(WARP_TILES * 16 * (THREADS / 32) == BLOCK_M, "a warp has whole tiles of queries");
 static_assert(BLOCK_N % 16 == 0, "keys come in pairs of tiles");
 
-/* Q stays in registers if there is room beside O, S and P of 16 rows. */
-constexpr bool KEEP_Q =
-    WARP_TILES * 4 * (PARTS * DEPTH_STEPS + OUT_TILES + KEY_TILES) + 4 * KEY_STEPS <= 190;
-
 /* How many steps of a product are unrolled: all, or one, since the compiler starts on later ones
  * early, for which operands of two parts leave no registers. */
 constexpr int UNROLL = PARTS == 1 ? 64 : 1;
+
+/* Q stays in registers if there is room beside O, S and P of 16 rows. */
+constexpr bool KEEP_Q =
+    PARTS == 1 && WARP_TILES * 4 * (DEPTH_STEPS + OUT_TILES + KEY_TILES) + 4 * KEY_STEPS <= 190;
 
 using QTile = Tile<BLOCK_M, HEAD_DIM>;
 using KTile = Tile<BLOCK_N, HEAD_DIM>;
