@@ -46,7 +46,7 @@ static const struct tile {
     {FA_CUDA_FORWARD, HALF, 128, 0, 128, 32, 128, 2, 2},
     {FA_CUDA_FORWARD, HALF, 128, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
     /* 4 warps of 16 queries: half of that. */
-    {FA_CUDA_FORWARD, HALF, 256, 0, 64, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 256, 1, 64, 64, 128, 1, 2},
     {FA_CUDA_FORWARD, HALF, 256, 0, 64, 32, 128, 1, 2},
     {FA_CUDA_FORWARD, HALF, 256, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
     /* P takes block_n / 2. */
