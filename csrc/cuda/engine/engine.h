@@ -41,10 +41,10 @@ struct fa_cuda_variant {
     uint8_t dropout;   /* dropout_p > 0 */
     uint8_t mask_grad; /* dmask is wanted */
     uint16_t head_dim, head_dim_v;
-    uint16_t block_m, block_n, threads;
+    uint16_t block_m, block_n, threads, stages;
     uint16_t arch; /* 90: compute capability 9.0 */
 };
-_Static_assert(sizeof(struct fa_cuda_variant) == 20, "no padding: it is compared as bytes");
+_Static_assert(sizeof(struct fa_cuda_variant) == 22, "no padding: it is compared as bytes");
 
 /* One launch of a call. */
 struct fa_cuda_step {
