@@ -17,9 +17,9 @@ enum { BUCKETS = 1024 };
 static _Atomic(struct entry *) buckets[BUCKETS];
 
 static _Atomic(struct entry *) *bucket_of(const struct fa_cuda_variant *v, int device) {
-    uint32_t words[sizeof *v / 4], hash = (uint32_t)device;
+    uint32_t words[(sizeof *v + 3) / 4] = {0}, hash = (uint32_t)device;
     memcpy(words, v, sizeof *v);
-    for (size_t i = 0; i < sizeof *v / 4; i++)
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         hash = (hash ^ words[i]) * 0x9E3779B1u, hash ^= hash >> 15;
     return &buckets[hash % BUCKETS];
 }

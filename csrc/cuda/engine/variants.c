@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "../kernels/params.h"
 #include "engine.h"
 
 static const struct {
@@ -12,6 +13,8 @@ static const struct {
     [FA_CUDA_PREPARE] = {"backward_prepare.cu", "fa_backward_prepare"},
     [FA_CUDA_BACKWARD] = {"backward_sm80.cu", "fa_backward"},
     [FA_CUDA_CONVERT] = {"backward_convert.cu", "fa_backward_convert"},
+    [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
+    [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
 };
 
 const char *fa_cuda_file(const struct fa_cuda_variant *v) {
@@ -26,21 +29,37 @@ const char *fa_cuda_entry(const struct fa_cuda_variant *v) {
 static const struct tile {
     int kernel, max_head_dim; /* the larger of D and Dv */
     int block_m, block_n, threads;
+    int stages; /* of the tiles that pass by, where that is not the same in all rows */
 } tiles[] = {
     /* 8 warps of 16 queries: a thread holds (Dv + block_n) / 2 registers of O and S. */
-    {FA_CUDA_FORWARD, 256, 128, 64, 256},
+    {FA_CUDA_FORWARD, 256, 128, 64, 256, 0},
     /* What fits into the 99 KiB of sm_86, sm_89 and sm_120. */
-    {FA_CUDA_FORWARD, 256, 64, 64, 128},
+    {FA_CUDA_FORWARD, 256, 64, 64, 128, 0},
 
-    /* A warp for 16 keys: a thread holds (D + Dv) / 2 registers of dK and dV, block_m of S and dP.
-     */
-    {FA_CUDA_BACKWARD, 64, 64, 128, 256},
-    {FA_CUDA_BACKWARD, 128, 32, 128, 256},
-    {FA_CUDA_BACKWARD, 128, 32, 64, 128}, /* 99 KiB */
+    /* A thread of 256 holds (D + Dv) block_n / 256 registers of dK and dV, block_m block_n / 128 of
+     * S and dP, and block_m D / 256 of dQ. Two stages for 227 KiB; then what fits into the 163 KiB
+     * of sm_80 and the 99 KiB of sm_86, sm_89 and sm_120. */
+    {FA_CUDA_BACKWARD, 64, 128, 128, 256, 2},
+    {FA_CUDA_BACKWARD, 64, 64, 128, 256, 2},
+    {FA_CUDA_BACKWARD, 64, 64, 128, 256, 1},
+    {FA_CUDA_BACKWARD, 128, 64, 128, 256, 2},
+    {FA_CUDA_BACKWARD, 128, 64, 128, 256, 1},
+    {FA_CUDA_BACKWARD, 128, 64, 64, 256, 1},
+    {FA_CUDA_BACKWARD, 256, 64, 64, 256, 2},
+    {FA_CUDA_BACKWARD, 256, 64, 64, 256, 1},
+    {FA_CUDA_BACKWARD, 256, 32, 32, 128, 1},
 
-    /* A warp for each row, a few rows for each warp. */
-    {FA_CUDA_PREPARE, 256, 64, 0, 256},
-    {FA_CUDA_CONVERT, 256, 64, 0, 256},
+    /* A warp for 16 queries: a thread holds D / 2 registers of dQ and block_n of S and dP. */
+    {FA_CUDA_BACKWARD_DQ, 128, 128, 64, 256, 2},
+    {FA_CUDA_BACKWARD_DQ, 128, 64, 64, 128, 1},
+    {FA_CUDA_BACKWARD_DQ, 256, 128, 64, 256, 1},
+    {FA_CUDA_BACKWARD_DQ, 256, 64, 64, 128, 1},
+    {FA_CUDA_BACKWARD_DQ, 256, 32, 32, 64, 1},
+    {FA_CUDA_BACKWARD_MASK, 256, 64, 64, 128, 1},
+    {FA_CUDA_BACKWARD_MASK, 256, 32, 32, 64, 1},
+
+    {FA_CUDA_PREPARE, 256, FA_STATS_ROWS, 0, 256, 0},
+    {FA_CUDA_CONVERT, 256, 64, 0, 256, 0},
 };
 
 static int round_up_16(int n) {
@@ -58,22 +77,27 @@ static int max(int a, int b) {
 
 /* What a kernel takes as dynamic shared memory. */
 static int shared_bytes(const struct tile *t, int head_dim, int head_dim_v) {
+    const int of_queries = tile_bytes(t->block_m, head_dim) + tile_bytes(t->block_m, head_dim_v);
+    const int of_keys = tile_bytes(t->block_n, head_dim) + tile_bytes(t->block_n, head_dim_v);
     switch (t->kernel) {
     case FA_CUDA_FORWARD: /* Q, K, V; O in their place */
         return max(tile_bytes(t->block_m, head_dim) + tile_bytes(t->block_n, head_dim) +
                        tile_bytes(t->block_n, head_dim_v),
                    tile_bytes(t->block_m, head_dim_v));
-    case FA_CUDA_BACKWARD: /* K, V, dS, and two of Q and dO */
-        return tile_bytes(t->block_n, head_dim) + tile_bytes(t->block_n, head_dim_v) +
-               tile_bytes(t->block_n, t->block_m) +
-               2 * (tile_bytes(t->block_m, head_dim) + tile_bytes(t->block_m, head_dim_v));
+    case FA_CUDA_BACKWARD: /* K, V, P, dS, and the stages of Q and dO */
+        return of_keys + 2 * tile_bytes(t->block_n, t->block_m) + t->stages * of_queries;
+    case FA_CUDA_BACKWARD_DQ: /* Q, dO, and the stages of K and V */
+    case FA_CUDA_BACKWARD_MASK:
+        return of_queries + t->stages * of_keys;
+    case FA_CUDA_CONVERT: /* dQ */
+        return tile_bytes(t->block_m, head_dim);
     default:
         return 0;
     }
 }
 
-/* The most that a kernel declares besides: lse and delta of two tiles of queries. */
-enum { STATIC_SHARED = 1024 };
+/* The most that a kernel declares besides: lse and delta of two tiles of 128 queries. */
+enum { STATIC_SHARED = 2048 };
 
 /* The most that a block may have (CUDA C++ Programming Guide, technical specifications). */
 static int shared_limit(int arch) {
@@ -108,6 +132,19 @@ static int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
+/* Whether several scores have the same element of the mask's gradient. */
+static int mask_grad_broadcasts(const struct fa_params *p) {
+    const struct fa_mask_grad *m = &p->dmask;
+    return (p->batch > 1 && !m->stride_batch) || (p->heads_q > 1 && !m->stride_head) ||
+           (p->seq_q > 1 && !m->stride_row) || (p->seq_k > 1 && !m->stride_col);
+}
+
+/* Blocks of FA_CUDA_BACKWARD_MASK for a head: tiles of the gradient. */
+static int64_t mask_grad_blocks(const struct fa_params *p, const struct tile *t) {
+    return (p->dmask.stride_row ? div_up(p->seq_q, t->block_m) : 1) *
+           (p->dmask.stride_col ? div_up(p->seq_k, t->block_n) : 1);
+}
+
 enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
 #define REQUIRE(CONDITION, STATUS, ...)                                                            \
     if (!(CONDITION))                                                                              \
@@ -131,13 +168,16 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
             "dtype: the CUDA kernels are for float16 and bfloat16")
     REQUIRE(p->head_dim > 0 && p->head_dim_v > 0 &&
                 find_tile(is_backward(p) ? FA_CUDA_BACKWARD : FA_CUDA_FORWARD, p, arch),
-            FA_UNSUPPORTED, "head size: the CUDA kernels are for 1 to 256, backward to 128")
+            FA_UNSUPPORTED, "head size: the CUDA kernels are for 1 to 256")
     REQUIRE(p->seq_q <= FA_CUDA_FAR && p->seq_k <= FA_CUDA_FAR &&
                 p->batch * p->heads_q * div_up(p->seq_q > p->seq_k ? p->seq_q : p->seq_k, 32) <=
                     INT_MAX,
             FA_UNSUPPORTED, "seq, heads, batch: too many for one launch")
-    REQUIRE(!p->deterministic || !is_backward(p), FA_UNSUPPORTED,
-            "deterministic: not in the CUDA backward")
+    REQUIRE(!p->dmask.data || !p->deterministic ||
+                p->batch * p->heads_q *
+                        mask_grad_blocks(p, find_tile(FA_CUDA_BACKWARD_MASK, p, arch)) <=
+                    INT_MAX,
+            FA_UNSUPPORTED, "mask: its gradient is too large for one launch")
     REQUIRE(p->softcap == 0, FA_UNSUPPORTED, "softcap: not in the CUDA kernels")
     REQUIRE(!p->alibi_slopes, FA_UNSUPPORTED, "alibi_slopes: not in the CUDA kernels")
     REQUIRE(!p->sinks, FA_UNSUPPORTED, "sinks: not in the CUDA kernels")
@@ -196,22 +236,26 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch)
                     .block_m = (uint16_t)t->block_m,
                     .block_n = (uint16_t)t->block_n,
                     .threads = (uint16_t)t->threads,
+                    .stages = (uint16_t)t->stages,
                     .arch = (uint16_t)arch},
         .blocks = (int)div_up(p->seq_q, t->block_m),
         .heads = (int)p->heads_q,
         .shared_bytes = (unsigned)shared_bytes(t, (int)p->head_dim, (int)p->head_dim_v),
     };
-    if (kernel == FA_CUDA_FORWARD || kernel == FA_CUDA_BACKWARD) {
+    if (kernel != FA_CUDA_PREPARE && kernel != FA_CUDA_CONVERT) {
         s.variant.tf32 = p->dtype == FA_FLOAT32 && p->allow_tf32;
         s.variant.mask = (uint8_t)mask_kind(p);
         s.variant.window = p->window_left >= 0 || p->window_right >= 0;
         s.variant.dropout = p->dropout_p > 0;
     }
     if (kernel == FA_CUDA_BACKWARD) {
-        s.variant.mask_grad = p->dmask.data != NULL;
+        if (p->dmask.data)
+            s.variant.mask_grad = !mask_grad_broadcasts(p) ? 2 : !p->deterministic;
         s.blocks = (int)div_up(p->seq_k, t->block_n);
         s.heads = (int)p->heads_k;
     }
+    if (kernel == FA_CUDA_BACKWARD_MASK)
+        s.blocks = (int)mask_grad_blocks(p, t);
     return s;
 }
 
@@ -225,7 +269,9 @@ int fa_cuda_plan(const struct fa_params *p, int arch,
     steps[count++] = step(FA_CUDA_PREPARE, p, arch);
     steps[count++] = step(FA_CUDA_BACKWARD, p, arch);
     if (p->dq.data)
-        steps[count++] = step(FA_CUDA_CONVERT, p, arch);
+        steps[count++] = step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch);
+    if (p->dmask.data && p->deterministic && mask_grad_broadcasts(p))
+        steps[count++] = step(FA_CUDA_BACKWARD_MASK, p, arch);
     return count;
 }
 
@@ -250,6 +296,7 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DBLOCK_M=%d", v->block_m);
     ADD("-DBLOCK_N=%d", v->block_n);
     ADD("-DTHREADS=%d", v->threads);
+    ADD("-DSTAGES=%d", v->stages);
 #undef ADD
     *at = 0;
 }
