@@ -84,8 +84,9 @@ static int shared_bytes(const struct tile *t, int head_dim, int head_dim_v) {
         return max(tile_bytes(t->block_m, head_dim) + tile_bytes(t->block_n, head_dim) +
                        tile_bytes(t->block_n, head_dim_v),
                    tile_bytes(t->block_m, head_dim_v));
-    case FA_CUDA_BACKWARD: /* K, V, P, dS, and the stages of Q and dO */
-        return of_keys + 2 * tile_bytes(t->block_n, t->block_m) + t->stages * of_queries;
+    case FA_CUDA_BACKWARD: /* K, V, P, dS, and the stages of Q, dO and their row_stats */
+        return of_keys + 2 * tile_bytes(t->block_n, t->block_m) +
+               t->stages * (of_queries + t->block_m * 2 * (int)sizeof(float));
     case FA_CUDA_BACKWARD_DQ: /* Q, dO, and the stages of K and V */
     case FA_CUDA_BACKWARD_MASK:
         return of_queries + t->stages * of_keys;
@@ -96,8 +97,8 @@ static int shared_bytes(const struct tile *t, int head_dim, int head_dim_v) {
     }
 }
 
-/* The most that a kernel declares besides: lse and delta of two tiles of 128 queries. */
-enum { STATIC_SHARED = 2048 };
+/* The most that a kernel declares besides: sums over the queries of four warps. */
+enum { STATIC_SHARED = 1024 };
 
 /* The most that a block may have (CUDA C++ Programming Guide, technical specifications). */
 static int shared_limit(int arch) {

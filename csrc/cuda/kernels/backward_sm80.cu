@@ -40,8 +40,13 @@ using QTile = Tile<BLOCK_M, HEAD_DIM>;
 using OTile = Tile<BLOCK_M, HEAD_DIM_V>;
 using PTile = Tile<BLOCK_N, BLOCK_M>; /* P^T, dS^T */
 
+/* A tile of queries in shared memory: Q, dO and row_stats. */
+constexpr int DO_OFFSET = QTile::BYTES, STATS_OFFSET = DO_OFFSET + OTile::BYTES;
+constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M * sizeof(float2);
+/* K, V, P, dS and the stages. */
+constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, STAGES_OFFSET = P_OFFSET + 2 * PTile::BYTES;
+
 extern __shared__ __align__(16) unsigned char shared_memory[];
-__shared__ float2 shared_stats[STAGES][BLOCK_M]; /* lse in log2, delta */
 
 /* Columns of a product, in pairs of 8, divided among SHARES warps; the last may have less. */
 template <int COLS, int SHARES> struct Columns {
@@ -164,31 +169,76 @@ static __device__ __forceinline__ void put_gradient(const T &tile, int first_row
         }
 }
 
-/* The queries that a block has to look at: of every head of the group those that see its keys. */
-struct Queries {
-    int first, blocks, count; /* first query, blocks of a head, of all heads */
+/* A tile of queries of a head. */
+struct QueryTile {
+    int h, i; /* first query */
+};
 
-    __device__ __forceinline__ Queries(const fa_kernel_params &p, int first_key) {
-        int begin = 0, end = p.seq_q;
+/* The tiles that a block has to look at: of every head of the group those that see its keys. */
+struct QueryTiles {
+    int begin, end, first_head, end_head;
+
+    __device__ __forceinline__ QueryTiles(const fa_kernel_params &p, int hk, int first_key) {
+        const int group = p.heads_q / p.heads_k;
+        begin = 0, end = p.seq_q;
         if (FA_WINDOW) {
             begin = max(0, first_key - p.window_end + 1) / BLOCK_M * BLOCK_M;
             end = min(end, min(first_key + BLOCK_N, p.seq_k) - p.window_begin);
         }
-        first = begin;
-        blocks = max(0, (end - begin + BLOCK_M - 1) / BLOCK_M);
-        count = blocks * (p.heads_q / p.heads_k);
+        first_head = hk * group;
+        end_head = begin < end ? first_head + group : first_head;
     }
+    __device__ __forceinline__ QueryTile first() const { return {first_head, begin}; }
+    __device__ __forceinline__ QueryTile after(QueryTile tile) const {
+        tile.i += BLOCK_M;
+        return tile.i < end ? tile : QueryTile{tile.h + 1, begin};
+    }
+    __device__ __forceinline__ bool has(QueryTile tile) const { return tile.h < end_head; }
 };
 
-/* Begins to copy what belongs to a tile of queries. */
-static __device__ __forceinline__ void load_queries(const fa_kernel_params &p, const QTile &Q,
-                                                    const OTile &dO, int stage, int b, int h,
-                                                    int i) {
-    Q.load(row_of(p.q, b, h, i), p.q.stride_row, p.seq_q - i);
-    dO.load(row_of(p.dout, b, h, i), p.dout.stride_row, p.seq_q - i);
+/* Begins to copy a tile of queries to a stage in shared memory. */
+static __device__ __forceinline__ void load_queries(unsigned stage, const fa_kernel_params &p,
+                                                    int b, QueryTile tile) {
+    const QTile Q{stage};
+    const OTile dO{stage + DO_OFFSET};
+    Q.load(row_of(p.q, b, tile.h, tile.i), p.q.stride_row, p.seq_q - tile.i);
+    dO.load(row_of(p.dout, b, tile.h, tile.i), p.dout.stride_row, p.seq_q - tile.i);
     if (threadIdx.x < BLOCK_M / 2)
-        cp_async_16(shared_address(&shared_stats[stage][2 * threadIdx.x]),
-                    row_stats(p, b, h, i + 2 * threadIdx.x), 16);
+        cp_async_16(stage + STATS_OFFSET + 16 * threadIdx.x,
+                    row_stats(p, b, tile.h, tile.i + 2 * threadIdx.x), 16);
+}
+
+/* S becomes P = exp(S - lse), with its sign changed where dropout drops it. stats are those of the
+ * warp's first query. */
+static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_params &p,
+                                                    const float2 *stats, int b, int h,
+                                                    int first_query, int first_key, int g, int t) {
+    const bool cut = is_cut(p, first_query, WARP_QUERIES, first_key, WARP_KEYS);
+    const Dropout dropout(p, b, h);
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m += 2)
+#pragma unroll
+        for (int k = 0; k < KEY_TILES; k++) {
+            unsigned word[4];
+            if (FA_DROPOUT)
+                dropout.draw_transposed(word, first_query + 8 * m, first_key + 16 * k, g, t);
+#pragma unroll
+            for (int x = 0; x < 8; x++) {
+                const int column = 8 * m + x / 4 * 8 + 2 * t + x % 2;
+                const int i = first_query + column, j = first_key + 16 * k + g + x % 4 / 2 * 8;
+                float &P = S[k][m + x / 4][x % 4];
+                float s = P * p.scale_log2e;
+                if (FA_MASK)
+                    s += mask_value(p, mask_row(p.mask, b, h, min(i, p.seq_q - 1)),
+                                    min(j, p.seq_k - 1));
+                if (cut && !is_visible(p, i, j))
+                    s = NEGATIVE_INFINITY;
+                P = probability(s, stats[column].x);
+                const int number = x % 2 * 4 + x / 4 * 2 + x % 4 / 2;
+                if (FA_DROPOUT && !Dropout::keeps(p, word, number))
+                    P = -P;
+            }
+        }
 }
 
 static __device__ __forceinline__ void add_to_mask_gradient(const fa_kernel_params &p,
@@ -200,52 +250,49 @@ static __device__ __forceinline__ void add_to_mask_gradient(const fa_kernel_para
         *to = dS;
 }
 
-/* P = exp(S - lse) and dS = P (dP - delta) of a warp, from S and dP, as operands; transposed. */
-static __device__ __forceinline__ void
-differentiate(Operand &P_out, Operand &dS_out, const Scores &S, const Scores &dP,
-              const fa_kernel_params &p, const float2 *stats, int b, int h, int first_query,
-              int first_key, int g, int t) {
-    const bool cut = is_cut(p, first_query, WARP_QUERIES, first_key, WARP_KEYS);
-    const Dropout dropout(p, b, h);
-    unsigned word[KEY_TILES][4];
+/* dP becomes dS = P (dP - delta), and goes into the mask's gradient. */
+static __device__ __forceinline__ void differentiate(Scores &dP, const Scores &P,
+                                                     const fa_kernel_params &p, const float2 *stats,
+                                                     int b, int h, int first_query, int first_key,
+                                                     int g, int t) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++) {
-        const float4 two = *(const float4 *)&stats[8 * m + 2 * t]; /* queries 2t and 2t + 1 */
-        const float lse[2] = {two.x, two.z}, delta[2] = {two.y, two.w};
+        const float delta[2] = {stats[8 * m + 2 * t].y, stats[8 * m + 2 * t + 1].y};
 #pragma unroll
-        for (int k = 0; k < KEY_TILES; k++) {
-            if (FA_DROPOUT && m % 2 == 0)
-                dropout.draw_transposed(word[k], first_query + 8 * m, first_key + 16 * k, g, t);
-            float P[4], dS[4];
+        for (int k = 0; k < KEY_TILES; k++)
 #pragma unroll
             for (int x = 0; x < 4; x++) {
+                const float P_x = FA_DROPOUT ? fabsf(P[k][m][x]) : P[k][m][x];
+                float &dS = dP[k][m][x];
+                if (FA_DROPOUT)
+                    dS = P[k][m][x] < 0 ? 0 : dS * p.dropout_scale;
+                dS = P_x * (dS - delta[x % 2]);
                 const int i = first_query + 8 * m + 2 * t + x % 2;
                 const int j = first_key + 16 * k + g + x / 2 * 8;
-                float s = S[k][m][x] * p.scale_log2e;
-                if (FA_MASK)
-                    s += mask_value(p, mask_row(p.mask, b, h, min(i, p.seq_q - 1)),
-                                    min(j, p.seq_k - 1));
-                if (cut && !is_visible(p, i, j))
-                    s = NEGATIVE_INFINITY;
-                float kept = 1;
-                if (FA_DROPOUT) {
-                    const int number = x % 2 * 4 + m % 2 * 2 + x / 2;
-                    kept = Dropout::keeps(p, word[k], number) ? p.dropout_scale : 0;
-                }
-                P[x] = probability(s, lse[x % 2]);
-                dS[x] = P[x] * (dP[k][m][x] * kept - delta[x % 2]);
-                P[x] *= kept;
                 if (FA_MASK_GRAD && i < p.seq_q && j < p.seq_k)
                     add_to_mask_gradient(p, mask_row(p.dmask, b, h, i) + j * p.dmask.stride_col,
-                                         dS[x]);
+                                         dS);
             }
+    }
+}
+
+/* dV wants P after dropout, dK wants dS as it is. */
+template <bool IS_P>
+static __device__ __forceinline__ void to_operand(Operand &a, const Scores &C,
+                                                  const fa_kernel_params &p) {
+#pragma unroll
+    for (int k = 0; k < KEY_TILES; k++)
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                P_out[k][m / 2][m % 2 * 2 + r] = pack(P[2 * r], P[2 * r + 1]);
-                dS_out[k][m / 2][m % 2 * 2 + r] = pack(dS[2 * r], dS[2 * r + 1]);
+                float lo = C[k][m][2 * r], hi = C[k][m][2 * r + 1];
+                if (FA_DROPOUT && IS_P) {
+                    lo = lo < 0 ? 0 : lo * p.dropout_scale;
+                    hi = hi < 0 ? 0 : hi * p.dropout_scale;
+                }
+                a[k][m / 2][m % 2 * 2 + r] = pack(lo, hi);
             }
-        }
-    }
 }
 
 /* An operand of a warp to shared memory, for the others. */
@@ -291,11 +338,10 @@ static __device__ __forceinline__ void add_dq(const fa_kernel_params &p, const P
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fa_backward(const __grid_constant__ fa_kernel_params p) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32;
     /* Under a causal mask the first keys have the most queries: they start first. */
     const int first_key = blockIdx.x % p.blocks * BLOCK_N;
     const int hk = blockIdx.x / p.blocks % p.heads_k, b = blockIdx.x / p.blocks / p.heads_k;
-    const int group = p.heads_q / p.heads_k;
     const int warp_key = warp / QUERY_WARPS * WARP_KEYS;
     const int warp_query = warp % QUERY_WARPS * WARP_QUERIES;
     const DKColumns dk_columns(warp % QUERY_WARPS);
@@ -303,58 +349,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const KTile K{shared_address(shared_memory)};
     const VTile V{K.address + KTile::BYTES};
-    const PTile shared_P{V.address + VTile::BYTES}, shared_dS{shared_P.address + PTile::BYTES};
+    const PTile shared_P{K.address + P_OFFSET}, shared_dS{shared_P.address + PTile::BYTES};
 
-    const Queries queries(p, first_key);
-    const auto stage_address = [&](int step) {
-        return shared_dS.address + PTile::BYTES + step % STAGES * (QTile::BYTES + OTile::BYTES);
-    };
-    const auto head_of = [&](int step) { return hk * group + step / queries.blocks; };
-    const auto query_of = [&](int step) {
-        return queries.first + step % queries.blocks * BLOCK_M;
-    };
-    const auto load = [&](int step) { /* if there is one */
-        if (step < queries.count) {
-            const QTile Q{stage_address(step)};
-            load_queries(p, Q, OTile{Q.address + QTile::BYTES}, step % STAGES, b, head_of(step),
-                         query_of(step));
-        }
+    const QueryTiles queries(p, hk, first_key);
+    const auto load = [&](int stage, QueryTile tile) { /* if there is one */
+        if (queries.has(tile))
+            load_queries(K.address + STAGES_OFFSET + stage * STAGE_BYTES, p, b, tile);
         cp_async_commit();
     };
 
     float dK[KEY_TILES][DKColumns::TILES][4] = {}, dV[KEY_TILES][DVColumns::TILES][4] = {};
-    if (queries.count > 0) {
+    QueryTile tile = queries.first();
+    if (queries.has(tile)) {
         K.load(row_of(p.k, b, hk, first_key), p.k.stride_row, p.seq_k - first_key);
         V.load(row_of(p.v, b, hk, first_key), p.v.stride_row, p.seq_k - first_key);
     }
-    load(0);
+    load(0, tile);
 
-    for (int step = 0; step < queries.count; step++) {
-        const int h = head_of(step), query = query_of(step);
-        const QTile Q{stage_address(step)};
-        const OTile dO{Q.address + QTile::BYTES};
+    for (int stage = 0; queries.has(tile); stage = STAGES - 1 - stage) {
+        const int h = tile.h, query = tile.i;
+        tile = queries.after(tile);
+        const int offset = STAGES_OFFSET + stage * STAGE_BYTES;
+        const QTile Q{K.address + offset};
+        const OTile dO{Q.address + DO_OFFSET};
         cp_async_wait<0>();
         __syncthreads(); /* this tile is there; nobody reads the one before it any more, nor dS */
         if (STAGES == 2)
-            load(step + 1);
+            load(1 - stage, tile);
 
-        Scores S, dP;
-        multiply_rows(S, K, warp_key, Q, warp_query);
-        multiply_rows(dP, V, warp_key, dO, warp_query);
-        Operand P, dS;
-        differentiate(P, dS, S, dP, p, &shared_stats[step % STAGES][warp_query], b, h,
-                      query + warp_query, first_key + warp_key, g, t);
-        put_operand(shared_P, P, warp_key, warp_query, g, t);
-        put_operand(shared_dS, dS, warp_key, warp_query, g, t);
+        /* Opaque, or the compiler keeps all that follows from it in registers around the loop. */
+        int lane = threadIdx.x % 32;
+        asm volatile("" : "+r"(lane));
+        const int g = lane / 4, t = lane % 4;
+        const float2 *stats = (float2 *)(shared_memory + offset + STATS_OFFSET) + warp_query;
+        Operand operand;
+        Scores P, dS;
+        multiply_rows(P, K, warp_key, Q, warp_query);
+        exponentiate(P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
+        to_operand<true>(operand, P, p);
+        put_operand(shared_P, operand, warp_key, warp_query, g, t);
+        multiply_own(dV, operand, dO, warp_query, dv_columns);
 
-        multiply_own(dV, P, dO, warp_query, dv_columns);
-        multiply_own(dK, dS, Q, warp_query, dk_columns);
+        multiply_rows(dS, V, warp_key, dO, warp_query);
+        differentiate(dS, P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
+        to_operand<false>(operand, dS, p);
+        put_operand(shared_dS, operand, warp_key, warp_query, g, t);
+        multiply_own(dK, operand, Q, warp_query, dk_columns);
         __syncthreads(); /* P and dS of all warps are there */
         multiply_others(dV, shared_P, warp_key, dO, warp_query, dv_columns);
         multiply_others(dK, shared_dS, warp_key, Q, warp_query, dk_columns);
         if (STAGES == 1) {
             __syncthreads(); /* nobody reads Q and dO any more */
-            load(step + 1);
+            load(0, tile);
         }
         if (p.dq_sum)
             add_dq(p, shared_dS, K, b, h, query, warp);
@@ -362,6 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     cp_async_wait<0>();
     __syncthreads(); /* nobody reads K and V any more: dK and dV take their places */
 
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     put_gradient(K, warp_key, dk_columns, dK, p.scale, g, t);
     put_gradient(V, warp_key, dv_columns, dV, 1, g, t);
     __syncthreads();
