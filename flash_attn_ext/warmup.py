@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def standard_calls(
-    dtypes: Iterable[str] = ("float16", "bfloat16"), head_dims: Iterable[int] = (64, 128)
+    dtypes: Iterable[str] = ("float16", "bfloat16"), head_dims: Iterable[int] = (64, 128, 256)
 ) -> Iterator[CudaCall]:
     """What most models call attention with: causal or not, each with dropout or a mask, or without.
 
@@ -31,6 +31,8 @@ def standard_calls(
                 "dropout": False,
                 "backward": False,
                 "mask_grad": False,
+                "mask_broadcasts": False,
+                "deterministic": False,
                 "allow_tf32": False,
             }
             for features in (
@@ -43,7 +45,11 @@ def standard_calls(
             ):
                 yield plain | features
                 yield plain | features | {"backward": True}
-            yield plain | {"mask": dtype, "backward": True, "mask_grad": True}
+            learned = {"mask": dtype, "backward": True, "mask_grad": True}
+            yield plain | learned
+            yield plain | learned | {"mask_broadcasts": True}
+            yield plain | learned | {"mask_broadcasts": True, "deterministic": True}
+            yield plain | {"window": True, "backward": True, "deterministic": True}
 
 
 def compile_calls(

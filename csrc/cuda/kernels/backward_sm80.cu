@@ -28,6 +28,8 @@ constexpr int KEY_WARPS = BLOCK_M * BLOCK_N / WARPS >= 32 * 16 ? BLOCK_N / 32 : 
 constexpr int QUERY_WARPS = WARPS / KEY_WARPS;
 constexpr int WARP_KEYS = BLOCK_N / KEY_WARPS, WARP_QUERIES = BLOCK_M / QUERY_WARPS;
 constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
+/* Steps of a product at a time: more are loaded ahead than registers are left for. */
+constexpr int UNROLL = WARP_KEYS * WARP_QUERIES > 32 * 32 ? 2 : 4;
 static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
 /* Warps for dQ: 32 queries each, and the columns shared by those that are left. */
 constexpr int DQ_ROWS = 32, DQ_ROW_WARPS = BLOCK_M / DQ_ROWS, DQ_SHARES = WARPS / DQ_ROW_WARPS;
@@ -79,7 +81,7 @@ static __device__ __forceinline__ void multiply_rows(Scores &C, const A &a_tile,
 #pragma unroll
             for (int x = 0; x < 4; x++)
                 C[k][m][x] = 0;
-#pragma unroll
+#pragma unroll UNROLL
     for (int d = 0; d < A::WIDTH; d += 16) {
         unsigned a[KEY_TILES][4];
 #pragma unroll
@@ -314,7 +316,7 @@ static __device__ __forceinline__ void add_dq(const fa_kernel_params &p, const P
     const int first_row = warp % DQ_ROW_WARPS * DQ_ROWS;
     const DQColumns cols(warp / DQ_ROW_WARPS);
     float dQ[DQ_ROWS / 16][DQColumns::TILES][4] = {};
-#pragma unroll
+#pragma unroll UNROLL
     for (int n = 0; n < BLOCK_N; n += 16) {
         unsigned a[DQ_ROWS / 16][4];
 #pragma unroll
@@ -377,9 +379,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (STAGES == 2)
             load(1 - stage, tile);
 
-        /* Opaque, or the compiler keeps all that follows from it in registers around the loop. */
-        int lane = threadIdx.x % 32;
-        asm volatile("" : "+r"(lane));
+        const int lane = threadIdx.x % 32;
         const int g = lane / 4, t = lane % 4;
         const float2 *stats = (float2 *)(shared_memory + offset + STATS_OFFSET) + warp_query;
         Operand operand;
