@@ -28,7 +28,7 @@ constexpr int KEY_WARPS = BLOCK_M * BLOCK_N / WARPS >= 32 * 16 ? BLOCK_N / 32 : 
 constexpr int QUERY_WARPS = WARPS / KEY_WARPS;
 constexpr int WARP_KEYS = BLOCK_N / KEY_WARPS, WARP_QUERIES = BLOCK_M / QUERY_WARPS;
 constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
-/* Steps of a product at a time: more are loaded ahead than registers are left for. */
+/* Steps of a product at a time; of more, the compiler loads more ahead than it has registers for. */
 constexpr int UNROLL = WARP_KEYS * WARP_QUERIES > 32 * 32 ? 2 : 4;
 static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
 /* Warps for dQ: 32 queries each, and the columns shared by those that are left. */

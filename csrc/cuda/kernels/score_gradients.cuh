@@ -14,7 +14,7 @@ static __device__ __forceinline__ void multiply_rows(float (&C)[TILES][4], const
 #pragma unroll
         for (int x = 0; x < 4; x++)
             C[n][x] = 0;
-#pragma unroll
+#pragma unroll 4 /* of more, the compiler loads more ahead than it has registers for */
     for (int d = 0; d < A::WIDTH; d += 16) {
         unsigned a[4];
         a_tile.a(a, first_row, d);
