@@ -30,6 +30,7 @@ static const struct tile {
     int kernel, max_head_dim; /* the larger of D and Dv */
     int block_m, block_n, threads;
     int stages; /* of the tiles that pass by, where that is not the same in all rows */
+    int without_mask; /* only: addresses in a mask take too many registers */
 } tiles[] = {
     /* 8 warps of 16 queries: a thread holds (Dv + block_n) / 2 registers of O and S. */
     {FA_CUDA_FORWARD, 256, 128, 64, 256, 0},
@@ -39,7 +40,7 @@ static const struct tile {
     /* A thread of 256 holds (D + Dv) block_n / 256 registers of dK and dV, block_m block_n / 128 of
      * S and dP, and block_m D / 256 of dQ. Two stages for 227 KiB; then what fits into the 163 KiB
      * of sm_80 and the 99 KiB of sm_86, sm_89 and sm_120. */
-    {FA_CUDA_BACKWARD, 64, 128, 128, 256, 2},
+    {FA_CUDA_BACKWARD, 64, 128, 128, 256, 2, 1},
     {FA_CUDA_BACKWARD, 64, 64, 128, 256, 2},
     {FA_CUDA_BACKWARD, 64, 64, 128, 256, 1},
     {FA_CUDA_BACKWARD, 128, 64, 128, 256, 2},
@@ -119,6 +120,7 @@ static const struct tile *find_tile(int kernel, const struct fa_params *p, int a
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
         if (t->kernel == kernel && max(head_dim, head_dim_v) <= t->max_head_dim &&
+            !(t->without_mask && p->mask.data) &&
             shared_bytes(t, head_dim, head_dim_v) + STATIC_SHARED <= shared_limit(arch))
             return t;
     }
