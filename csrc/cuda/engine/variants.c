@@ -33,34 +33,34 @@ static const struct tile {
     int without_mask; /* only: addresses in a mask take too many registers */
 } tiles[] = {
     /* 8 warps of 16 queries: a thread holds (Dv + block_n) / 2 registers of O and S. */
-    {FA_CUDA_FORWARD, 256, 128, 64, 256, 0},
+    {FA_CUDA_FORWARD, 256, 128, 64, 256, 0, 0},
     /* What fits into the 99 KiB of sm_86, sm_89 and sm_120. */
-    {FA_CUDA_FORWARD, 256, 64, 64, 128, 0},
+    {FA_CUDA_FORWARD, 256, 64, 64, 128, 0, 0},
 
     /* A thread of 256 holds (D + Dv) block_n / 256 registers of dK and dV, block_m block_n / 128 of
      * S and dP, and block_m D / 256 of dQ. Two stages for 227 KiB; then what fits into the 163 KiB
      * of sm_80 and the 99 KiB of sm_86, sm_89 and sm_120. */
     {FA_CUDA_BACKWARD, 64, 128, 128, 256, 2, 1},
-    {FA_CUDA_BACKWARD, 64, 64, 128, 256, 2},
-    {FA_CUDA_BACKWARD, 64, 64, 128, 256, 1},
-    {FA_CUDA_BACKWARD, 128, 64, 128, 256, 2},
-    {FA_CUDA_BACKWARD, 128, 64, 128, 256, 1},
-    {FA_CUDA_BACKWARD, 128, 64, 64, 256, 1},
-    {FA_CUDA_BACKWARD, 256, 64, 64, 256, 2},
-    {FA_CUDA_BACKWARD, 256, 64, 64, 256, 1},
-    {FA_CUDA_BACKWARD, 256, 32, 32, 128, 1},
+    {FA_CUDA_BACKWARD, 64, 64, 128, 256, 2, 0},
+    {FA_CUDA_BACKWARD, 64, 64, 128, 256, 1, 0},
+    {FA_CUDA_BACKWARD, 128, 64, 128, 256, 2, 0},
+    {FA_CUDA_BACKWARD, 128, 64, 128, 256, 1, 0},
+    {FA_CUDA_BACKWARD, 128, 64, 64, 256, 1, 0},
+    {FA_CUDA_BACKWARD, 256, 64, 64, 256, 2, 0},
+    {FA_CUDA_BACKWARD, 256, 64, 64, 256, 1, 0},
+    {FA_CUDA_BACKWARD, 256, 32, 32, 128, 1, 0},
 
     /* A warp for 16 queries: a thread holds D / 2 registers of dQ and block_n of S and dP. */
-    {FA_CUDA_BACKWARD_DQ, 128, 128, 64, 256, 2},
-    {FA_CUDA_BACKWARD_DQ, 128, 64, 64, 128, 1},
-    {FA_CUDA_BACKWARD_DQ, 256, 128, 64, 256, 1},
-    {FA_CUDA_BACKWARD_DQ, 256, 64, 64, 128, 1},
-    {FA_CUDA_BACKWARD_DQ, 256, 32, 32, 64, 1},
-    {FA_CUDA_BACKWARD_MASK, 256, 64, 32, 128, 1},
-    {FA_CUDA_BACKWARD_MASK, 256, 32, 32, 64, 1},
+    {FA_CUDA_BACKWARD_DQ, 128, 128, 64, 256, 2, 0},
+    {FA_CUDA_BACKWARD_DQ, 128, 64, 64, 128, 1, 0},
+    {FA_CUDA_BACKWARD_DQ, 256, 128, 64, 256, 1, 0},
+    {FA_CUDA_BACKWARD_DQ, 256, 64, 64, 128, 1, 0},
+    {FA_CUDA_BACKWARD_DQ, 256, 32, 32, 64, 1, 0},
+    {FA_CUDA_BACKWARD_MASK, 256, 64, 32, 128, 1, 0},
+    {FA_CUDA_BACKWARD_MASK, 256, 32, 32, 64, 1, 0},
 
-    {FA_CUDA_PREPARE, 256, FA_STATS_ROWS, 0, 256, 0},
-    {FA_CUDA_CONVERT, 256, 64, 0, 256, 0},
+    {FA_CUDA_PREPARE, 256, FA_STATS_ROWS, 0, 256, 0, 0},
+    {FA_CUDA_CONVERT, 256, 64, 0, 256, 0, 0},
 };
 
 static int round_up_16(int n) {
