@@ -36,6 +36,8 @@ class CudaCall(TypedDict):
     dropout: bool
     backward: bool
     mask_grad: bool
+    mask_broadcasts: bool  # of interest where mask_grad
+    deterministic: bool  # of interest where backward
     allow_tf32: bool
 
 class CudaKernel(TypedDict):

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def standard_calls(
-    dtypes: Iterable[str] = ("float16", "bfloat16", "float32"), head_dims: Iterable[int] = (64, 128)
+    dtypes: Iterable[str] = ("float16", "bfloat16", "float32"),
+    head_dims: Iterable[int] = (64, 128, 256),
 ) -> Iterator[CudaCall]:
     """What most models call attention with: causal or not, each with dropout or a mask, or without.
 
@@ -31,6 +32,8 @@ def standard_calls(
                 "dropout": False,
                 "backward": False,
                 "mask_grad": False,
+                "mask_broadcasts": False,
+                "deterministic": False,
                 "allow_tf32": False,
             }
             for features in (
@@ -44,8 +47,13 @@ def standard_calls(
                 yield plain | features
                 if dtype != "float32":
                     yield plain | features | {"backward": True}
-            if dtype != "float32":
-                yield plain | {"mask": dtype, "backward": True, "mask_grad": True}
+            if dtype == "float32":
+                continue
+            learned = {"mask": dtype, "backward": True, "mask_grad": True}
+            yield plain | learned
+            yield plain | learned | {"mask_broadcasts": True}
+            yield plain | learned | {"mask_broadcasts": True, "deterministic": True}
+            yield plain | {"window": True, "backward": True, "deterministic": True}
 
 
 def compile_calls(

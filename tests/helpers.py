@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -295,6 +296,16 @@ def errors_of_what_is_kept(
         rows = lse.isfinite().sum().item() / (mask.numel() / mask.shape[-1])
         errors["dmask"] /= math.sqrt(max(rows, 1))
     return {"out": 0.0, **errors}
+
+
+@contextmanager
+def deterministic_algorithms():
+    """On a GPU, only then do gradients have the same bits every run."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

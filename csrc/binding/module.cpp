@@ -118,8 +118,11 @@ fa_params params_of(const py::dict &call) {
     if (get("backward").cast<bool>()) {
         p.dq = p.dk = p.q;
         p.dv = p.dout = p.v;
-        if (get("mask_grad").cast<bool>())
-            p.dmask.data = nothing;
+        p.deterministic = get("deterministic").cast<bool>();
+        if (get("mask_grad").cast<bool>()) {
+            const int stride = get("mask_broadcasts").cast<bool>() ? 0 : 1;
+            p.dmask = {nothing, stride, stride, stride, stride};
+        }
     }
     return p;
 }

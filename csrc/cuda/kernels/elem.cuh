@@ -38,6 +38,13 @@ static __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+/* NaN if either is. */
+static __device__ __forceinline__ float min_nan(float x, float y) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+    return least;
+}
+
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)

@@ -67,6 +67,12 @@ static __device__ __forceinline__ bool is_hidden(const fa_kernel_params &p, int 
     return FA_WINDOW && (i + rows - 1 + p.window_end <= j || j + cols <= i + p.window_begin);
 }
 
+/* P in the backward, from a score and lse, both in log2. At most 1, also where scores are so large
+ * that lse has lost the difference. */
+static __device__ __forceinline__ float probability(float score, float lse) {
+    return exp2_approx(min_nan(score - lse, 0));
+}
+
 /* --- dropout: the rule of csrc/dropout.h, whose eight numbers are what a thread holds of a 16 x 16
  * tile: rows g and g + 8, columns 2t, 2t + 1, 2t + 8 and 2t + 9 --- */
 
@@ -100,6 +106,25 @@ struct Dropout {
             k1 += 0xBB67AE85u;
         }
         word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+    }
+
+    /* Of the same tile, transposed: for columns j + g and j + g + 8 and the rows from i + 2t on, n
+     * = (row bit 0) * 4 + (row bit 3) * 2 + (column bit 3). Two lanes of neighbouring columns need
+     * the same two counters, half the numbers of each: each draws one and they exchange halves. */
+    __device__ __forceinline__ void draw_transposed(unsigned (&word)[4], int i, int j, int g,
+                                                    int t) const {
+        const bool odd = g % 2;
+        const unsigned low = 0x5410, high = 0x7632; /* halves of two words, for __byte_perm */
+        unsigned drawn[4], mine[2], theirs[2];
+        draw(drawn, i, j, 2 * t + odd, g / 2);
+#pragma unroll
+        for (int w = 0; w < 2; w++) {
+            mine[w] = __byte_perm(drawn[2 * w], drawn[2 * w + 1], odd ? high : low);
+            theirs[w] = __byte_perm(drawn[2 * w], drawn[2 * w + 1], odd ? low : high);
+            theirs[w] = __shfl_xor_sync(~0u, theirs[w], 4);
+            word[w] = odd ? theirs[w] : mine[w];
+            word[2 + w] = odd ? mine[w] : theirs[w];
+        }
     }
 
     static __device__ __forceinline__ bool keeps(const fa_kernel_params &p,
