@@ -87,8 +87,9 @@ static const struct tile {
     /* A warp for 16 queries: a thread holds D / 2 registers of dQ and block_n of S and dP. */
     {FA_CUDA_BACKWARD_DQ, HALF, 128, 0, 128, 64, 256, 2, 1},
     {FA_CUDA_BACKWARD_DQ, HALF, 128, 0, 64, 64, 128, 1, 1},
-    {FA_CUDA_BACKWARD_DQ, HALF, 256, 0, 128, 64, 256, 1, 1},
-    {FA_CUDA_BACKWARD_DQ, HALF, 256, 0, 64, 64, 128, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, HALF, 256, MASK, 128, 64, 256, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, HALF, 256, MASK, 64, 64, 128, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, HALF, 256, 0, 64, 32, 128, 1, 1},
     {FA_CUDA_BACKWARD_DQ, HALF, 256, 0, 32, 32, 64, 1, 1},
     {FA_CUDA_BACKWARD_MASK, HALF, 256, 0, 64, 32, 128, 1, 1},
     {FA_CUDA_BACKWARD_MASK, HALF, 256, 0, 32, 32, 64, 1, 1},
