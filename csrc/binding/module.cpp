@@ -121,7 +121,8 @@ fa_params params_of(const py::dict &call) {
         p.deterministic = get("deterministic").cast<bool>();
         if (get("mask_grad").cast<bool>()) {
             const int stride = get("mask_broadcasts").cast<bool>() ? 0 : 1;
-            p.dmask = {nothing, stride, stride, stride, stride};
+            const bool in_dtype = stride && p.mask.dtype == p.dtype && p.dtype != FA_FLOAT32;
+            p.dmask = {nothing, stride, stride, stride, stride, in_dtype};
         }
     }
     return p;

@@ -223,7 +223,8 @@ std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor>
-run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *launch) {
+run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *launch,
+             MaskGrad mask_grad) {
     const auto &[q, k, v, mask] = std::tie(inputs.q, inputs.k, inputs.v, inputs.mask);
     const bool mask_wanted = grad_wanted[3];
     TORCH_CHECK(!mask_wanted || (mask.defined() && mask.scalar_type() != at::kBool),
@@ -233,8 +234,13 @@ run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *la
     const Tensor dq = empty_gradient(q, grad_wanted[0]);
     const Tensor dk = empty_gradient(k, grad_wanted[1]);
     const Tensor dv = empty_gradient(v, grad_wanted[2]);
-    const Tensor dmask =
-        mask_wanted ? at::zeros(mask.sizes(), inputs.lse.options()) : at::empty({0}, q.options());
+    const at::DimVector scores = {q.size(0), q.size(1), q.size(2), k.size(2)};
+    const bool in_dtype = mask_wanted && mask_grad == MaskGrad::dtype && !inputs.no_scores() &&
+                          mask.scalar_type() == q.scalar_type() &&
+                          acc_dtype(q) != q.scalar_type() && mask.sizes() == scores;
+    const Tensor dmask = in_dtype      ? at::empty(scores, q.options())
+                         : mask_wanted ? at::zeros(mask.sizes(), inputs.lse.options())
+                                       : at::empty({0}, q.options());
     if (inputs.no_scores()) {
         dq.zero_();
         dk.zero_();
@@ -250,7 +256,7 @@ run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *la
         if (mask_wanted)
             params.dmask = {dmask.mutable_data_ptr(), broadcast_stride(dmask, 0),
                             broadcast_stride(dmask, 1), broadcast_stride(dmask, 2),
-                            broadcast_stride(dmask, 3)};
+                            broadcast_stride(dmask, 3), in_dtype};
         launch(params);
     }
     return {dq, dk, dv, mask_wanted ? dmask.to(mask.scalar_type()) : dmask};

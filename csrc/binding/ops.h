@@ -61,9 +61,13 @@ struct BackwardInputs : Inputs {
 // Runs the kernels of a device, with the workspace that they ask for; raises what goes wrong.
 using Launch = void(fa_params &params);
 
+// In which types a device's kernels write the gradient of a mask that broadcasts nothing.
+enum class MaskGrad { acc, dtype };
+
 // The operators, once their inputs are checked: allocate the results, launch.
 std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch);
 std::tuple<Tensor, Tensor, Tensor, Tensor>
-run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *launch);
+run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *launch,
+             MaskGrad mask_grad);
 
 } // namespace flash_attn_ext

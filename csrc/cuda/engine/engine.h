@@ -46,7 +46,8 @@ struct fa_cuda_variant {
     uint8_t mask;      /* 0 none, 1 bool, 2 of dtype, 3 float32 */
     uint8_t window;    /* some scores are hidden by it */
     uint8_t dropout;   /* dropout_p > 0 */
-    uint8_t mask_grad; /* 0 none, 1 added up atomically, 2 stored, for it broadcasts nothing */
+    uint8_t mask_grad; /* 0 none, 1 added up atomically, 2 stored, for it broadcasts nothing, 3
+                          stored in dtype */
     uint16_t head_dim, head_dim_v;
     uint16_t block_m, block_n, threads, stages;
     uint16_t arch; /* 90: compute capability 9.0 */

@@ -115,16 +115,25 @@ static int tile_bytes(const struct tile *t, int rows, int cols) {
     return rows * (round_up_16(cols) * (t->operand == HALF ? 2 : 4) + 16);
 }
 
+/* As FA_MASK says it. */
+static int mask_kind(const struct fa_params *p) {
+    if (!p->mask.data)
+        return 0;
+    return p->mask.dtype == FA_BOOL ? 1 : p->mask.dtype == p->dtype ? 2 : 3;
+}
+
 /* What a kernel takes as dynamic shared memory. */
-static int shared_bytes(const struct tile *t, int head_dim, int head_dim_v) {
+static int shared_bytes(const struct tile *t, const struct fa_params *p) {
+    const int head_dim = (int)p->head_dim, head_dim_v = (int)p->head_dim_v;
     const int keys = tile_bytes(t, t->block_n, head_dim) + tile_bytes(t, t->block_n, head_dim_v);
     const int queries = tile_bytes(t, t->block_m, head_dim) + tile_bytes(t, t->block_m, head_dim_v);
     switch (t->kernel) {
     case FA_CUDA_FORWARD: /* Q, stages of K and V; O in their place */
         return max(tile_bytes(t, t->block_m, head_dim) + t->stages * keys,
                    tile_bytes(t, t->block_m, head_dim_v));
-    case FA_CUDA_BACKWARD: /* K, V, P, dS, and the stages of Q, dO and their row_stats */
+    case FA_CUDA_BACKWARD: /* K, V, P, dS, a mask, and the stages of Q, dO and their row_stats */
         return keys + 2 * tile_bytes(t, t->block_n, t->block_m) +
+               (mask_kind(p) == 2 ? tile_bytes(t, t->block_m, t->block_n) : 0) +
                t->stages * (queries + t->block_m * 2 * (int)sizeof(float));
     case FA_CUDA_BACKWARD_DQ: /* Q, dO, and the stages of K and V */
     case FA_CUDA_BACKWARD_MASK:
@@ -155,14 +164,13 @@ static int shared_limit(int arch) {
 }
 
 static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch) {
-    const int head_dim = (int)p->head_dim, head_dim_v = (int)p->head_dim_v;
+    const int head_dim = max((int)p->head_dim, (int)p->head_dim_v);
     const int features = (p->mask.data ? MASK : 0) | (p->dropout_p > 0 ? DROPOUT : 0);
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
         if (t->kernel == kernel && t->operand == operand_of(p) &&
-            max(head_dim, head_dim_v) <= t->max_head_dim && !(t->without & features) &&
-            t->resident * (shared_bytes(t, head_dim, head_dim_v) + OTHER_SHARED) <=
-                shared_limit(arch))
+            head_dim <= t->max_head_dim && !(t->without & features) &&
+            t->resident * (shared_bytes(t, p) + OTHER_SHARED) <= shared_limit(arch))
             return t;
     }
     return NULL;
@@ -217,6 +225,9 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
                 p->batch * p->heads_q * div_up(p->seq_q > p->seq_k ? p->seq_q : p->seq_k, 32) <=
                     INT_MAX,
             FA_UNSUPPORTED, "seq, heads, batch: too many for one launch")
+    REQUIRE(!p->dmask.in_dtype ||
+                (p->mask.dtype == p->dtype && p->dtype != FA_FLOAT32 && !mask_grad_broadcasts(p)),
+            FA_INVALID, "dmask: in_dtype is for a mask of the dtype of q that broadcasts nothing")
     REQUIRE(!p->dmask.data || !p->deterministic ||
                 p->batch * p->heads_q *
                         mask_grad_blocks(p, find_tile(FA_CUDA_BACKWARD_MASK, p, arch)) <=
@@ -263,12 +274,6 @@ static int all_aligned(const struct fa_params *p) {
     return 1;
 }
 
-static int mask_kind(const struct fa_params *p) {
-    if (!p->mask.data)
-        return 0;
-    return p->mask.dtype == FA_BOOL ? 1 : p->mask.dtype == p->dtype ? 2 : 3;
-}
-
 static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch) {
     const struct tile *t = find_tile(kernel, p, arch);
     struct fa_cuda_step s = {
@@ -284,7 +289,7 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch)
                     .arch = (uint16_t)arch},
         .blocks = (int)div_up(p->seq_q, t->block_m),
         .heads = (int)p->heads_q,
-        .shared_bytes = (unsigned)shared_bytes(t, (int)p->head_dim, (int)p->head_dim_v),
+        .shared_bytes = (unsigned)shared_bytes(t, p),
     };
     if (kernel != FA_CUDA_PREPARE && kernel != FA_CUDA_CONVERT) {
         s.variant.tf32 = p->dtype == FA_FLOAT32 && p->allow_tf32;
@@ -294,7 +299,9 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch)
     }
     if (kernel == FA_CUDA_BACKWARD) {
         if (p->dmask.data)
-            s.variant.mask_grad = !mask_grad_broadcasts(p) ? 2 : !p->deterministic;
+            s.variant.mask_grad = p->dmask.in_dtype          ? 3
+                                  : !mask_grad_broadcasts(p) ? 2
+                                                             : !p->deterministic;
         s.blocks = (int)div_up(p->seq_k, t->block_n);
         s.heads = (int)p->heads_k;
     }

@@ -16,7 +16,8 @@
  *
  * Compiled with the macros of forward_sm80.cu, STAGES (tiles of Q and of dO in shared memory: 2
  * where there is room) and FA_MASK_GRAD (0 none, 1 added atomically because the mask broadcasts, 2
- * stored). */
+ * stored as floats, 3 stored in the dtype of q, with zeros where the window hides it). */
+#include "mask_tile.cuh"
 #include "scores.cuh"
 #include "tile.cuh"
 #include "workspace.cuh"
@@ -42,12 +43,18 @@ using VTile = Tile<BLOCK_N, HEAD_DIM_V>;
 using QTile = Tile<BLOCK_M, HEAD_DIM>;
 using OTile = Tile<BLOCK_M, HEAD_DIM_V>;
 using PTile = Tile<BLOCK_N, BLOCK_M>; /* P^T, dS^T */
+using MaskTile = Tile<BLOCK_M, BLOCK_N>;
 
 /* A tile of queries in shared memory: Q, dO and row_stats. */
 constexpr int DO_OFFSET = QTile::BYTES, STATS_OFFSET = DO_OFFSET + OTile::BYTES;
 constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M * sizeof(float2);
-/* K, V, P, dS and the stages. */
-constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, STAGES_OFFSET = P_OFFSET + 2 * PTile::BYTES;
+/* K, V, P, dS, the mask where there is one of the dtype of q, and the stages. */
+constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, MASK_OFFSET = P_OFFSET + 2 * PTile::BYTES;
+constexpr bool HAS_MASK_TILE = FA_MASK == 2;
+constexpr int STAGES_OFFSET = MASK_OFFSET + (HAS_MASK_TILE ? MaskTile::BYTES : 0);
+/* The mask's gradient comes from dS in shared memory, rounded as dS is for dK; or from registers. */
+constexpr bool MASK_GRAD_OF_TILE = FA_MASK_GRAD == 3 || (FA_MASK_GRAD == 1 && HAS_MASK_TILE);
+constexpr bool MASK_GRAD_OF_SCORES = FA_MASK_GRAD != 0 && !MASK_GRAD_OF_TILE;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
@@ -196,6 +203,19 @@ struct QueryTiles {
         return tile.i < end ? tile : QueryTile{tile.h + 1, begin};
     }
     __device__ __forceinline__ bool has(QueryTile tile) const { return tile.h < end_head; }
+
+    /* The gradient of the mask in the tiles that the block does not look at. */
+    __device__ __forceinline__ void clear_hidden(const fa_kernel_params &p, int b, int hk,
+                                                 int first_key) const {
+        const int group = p.heads_q / p.heads_k;
+        const int above = begin < end ? begin : p.seq_q;
+        const int below = (end + BLOCK_M - 1) / BLOCK_M * BLOCK_M;
+        for (int h = hk * group; h < (hk + 1) * group; h++) {
+            clear_mask_gradient(p, b, h, 0, min(above, p.seq_q), first_key, BLOCK_N);
+            if (begin < end)
+                clear_mask_gradient(p, b, h, below, p.seq_q, first_key, BLOCK_N);
+        }
+    }
 };
 
 /* Begins to copy a tile of queries to a stage in shared memory. */
@@ -213,15 +233,17 @@ static __device__ __forceinline__ void load_queries(unsigned stage, const fa_ker
 /* S becomes P = exp(S - lse), with its sign changed where dropout drops it. stats are those of the
  * warp's first query. */
 static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_params &p,
-                                                    const float2 *stats, int b, int h,
+                                                    const float2 *stats, const MaskTile &mask,
+                                                    int warp_query, int warp_key, int b, int h,
                                                     int first_query, int first_key, int g, int t) {
-    const bool cut = is_cut(p, first_query, WARP_QUERIES, first_key, WARP_KEYS);
     const Dropout dropout(p, b, h);
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m += 2)
 #pragma unroll
         for (int k = 0; k < KEY_TILES; k++) {
-            unsigned word[4];
+            unsigned word[4], masks[4];
+            if (HAS_MASK_TILE)
+                mask.a_transposed(masks, warp_query + 8 * m, warp_key + 16 * k);
             if (FA_DROPOUT)
                 dropout.draw_transposed(word, first_query + 8 * m, first_key + 16 * k, g, t);
 #pragma unroll
@@ -229,18 +251,34 @@ static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_p
                 const int column = 8 * m + x / 4 * 8 + 2 * t + x % 2;
                 const int i = first_query + column, j = first_key + 16 * k + g + x % 4 / 2 * 8;
                 float &P = S[k][m + x / 4][x % 4];
-                float s = P * p.scale_log2e;
-                if (FA_MASK)
-                    s += mask_value(p, mask_row(p.mask, b, h, min(i, p.seq_q - 1)),
-                                    min(j, p.seq_k - 1));
-                if (cut && !is_visible(p, i, j))
-                    s = NEGATIVE_INFINITY;
-                P = probability(s, stats[column].x);
+                const float lse = stats[column].x;
+#if FA_MASK
+                const float term =
+                    HAS_MASK_TILE
+                        ? mask_term((mask_elem)(masks[x / 2] >> 16 * (x % 2)))
+                        : mask_value(p, mask_row(p.mask, b, h, min(i, p.seq_q - 1)),
+                                     min(j, p.seq_k - 1));
+                P = probability(fmaf(P, p.scale_log2e, term), lse);
+#else
+                P = exp2_approx(min_nan(fmaf(P, p.scale_log2e, -lse), 0));
+#endif
                 const int number = x % 2 * 4 + x / 4 * 2 + x % 4 / 2;
                 if (FA_DROPOUT && !Dropout::keeps(p, word, number))
                     P = -P;
             }
         }
+    /* Only here, in the few tiles that are cut, so that the others do not look. */
+    if (is_cut(p, first_query, WARP_QUERIES, first_key, WARP_KEYS)) {
+#pragma unroll
+        for (int k = 0; k < KEY_TILES; k++)
+#pragma unroll
+            for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+                for (int x = 0; x < 4; x++)
+                    if (!is_visible(p, first_query + 8 * m + 2 * t + x % 2,
+                                    first_key + 16 * k + g + x / 2 * 8))
+                        S[k][m][x] = 0;
+    }
 }
 
 static __device__ __forceinline__ void add_to_mask_gradient(const fa_kernel_params &p,
@@ -252,7 +290,7 @@ static __device__ __forceinline__ void add_to_mask_gradient(const fa_kernel_para
         *to = dS;
 }
 
-/* dP becomes dS = P (dP - delta), and goes into the mask's gradient. */
+/* dP becomes dS = P (dP - delta). */
 static __device__ __forceinline__ void differentiate(Scores &dP, const Scores &P,
                                                      const fa_kernel_params &p, const float2 *stats,
                                                      int b, int h, int first_query, int first_key,
@@ -271,7 +309,7 @@ static __device__ __forceinline__ void differentiate(Scores &dP, const Scores &P
                 dS = P_x * (dS - delta[x % 2]);
                 const int i = first_query + 8 * m + 2 * t + x % 2;
                 const int j = first_key + 16 * k + g + x / 2 * 8;
-                if (FA_MASK_GRAD && i < p.seq_q && j < p.seq_k)
+                if (MASK_GRAD_OF_SCORES && i < p.seq_q && j < p.seq_k)
                     add_to_mask_gradient(p, mask_row(p.dmask, b, h, i) + j * p.dmask.stride_col,
                                          dS);
             }
@@ -362,6 +400,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                                        cp_async_commit();
     };
 
+    const MaskTile mask{K.address + MASK_OFFSET};
+    const auto load_mask_of = [&](QueryTile tile) {
+        if (HAS_MASK_TILE && queries.has(tile))
+            load_mask(mask, p, b, tile.h, tile.i, first_key);
+        cp_async_commit();
+    };
+
     float dK[KEY_TILES][DKColumns::TILES][4] = {}, dV[KEY_TILES][DVColumns::TILES][4] = {};
     QueryTile tile = queries.first();
     if (queries.has(tile)) {
@@ -369,6 +414,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         V.load(row_of(p.v, b, hk, first_key), p.v.stride_row, p.seq_k - first_key);
     }
     load(0, tile);
+    load_mask_of(tile);
+    if (FA_MASK_GRAD == 3 && FA_WINDOW)
+        queries.clear_hidden(p, b, hk, first_key);
 
     for (int stage = 0; queries.has(tile); stage = STAGES - 1 - stage) {
         const int h = tile.h, query = tile.i;
@@ -387,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Operand operand;
         Scores P, dS;
         multiply_rows(P, K, warp_key, Q, warp_query);
-        exponentiate(P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
+        exponentiate(P, p, stats, mask, warp_query, warp_key, b, h, query + warp_query, first_key + warp_key, g, t);
         to_operand<true>(operand, P, p);
         put_operand(shared_P, operand, warp_key, warp_query, g, t);
         multiply_own(dV, operand, dO, warp_query, dv_columns);
@@ -397,7 +445,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         to_operand<false>(operand, dS, p);
         put_operand(shared_dS, operand, warp_key, warp_query, g, t);
         multiply_own(dK, operand, Q, warp_query, dk_columns);
-        __syncthreads(); /* P and dS of all warps are there */
+        __syncthreads(); /* P and dS of all warps are there; nobody reads the mask any more */
+        load_mask_of(tile);
+        if (MASK_GRAD_OF_TILE)
+            put_mask_gradient(shared_dS, p, b, h, query, first_key);
         multiply_others(dV, shared_P, warp_key, dO, warp_query, dv_columns);
         multiply_others(dK, shared_dS, warp_key, Q, warp_query, dk_columns);
         if (STAGES == 1) {
