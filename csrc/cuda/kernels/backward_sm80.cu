@@ -19,6 +19,7 @@
  * stored as floats, 3 stored in the dtype of q, with zeros where the window hides it). */
 #include "mask_tile.cuh"
 #include "scores.cuh"
+#include "split_barrier.cuh"
 #include "tile.cuh"
 #include "workspace.cuh"
 
@@ -57,6 +58,7 @@ constexpr bool MASK_GRAD_OF_TILE = FA_MASK_GRAD == 3 || (FA_MASK_GRAD == 1 && HA
 constexpr bool MASK_GRAD_OF_SCORES = FA_MASK_GRAD != 0 && !MASK_GRAD_OF_TILE;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
+__shared__ unsigned long long shared_barriers[3];
 
 /* Columns of a product, in pairs of 8, divided among SHARES warps; the last may have less. */
 template <int COLS, int SHARES> struct Columns {
@@ -418,16 +420,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (FA_MASK_GRAD == 3 && FA_WINDOW)
         queries.clear_hidden(p, b, hk, first_key);
 
-    for (int stage = 0; queries.has(tile); stage = STAGES - 1 - stage) {
+    /* Of each tile: it is there; P and dS of all warps are; nobody needs them any more. Split, so
+     * that warps get out of step: some multiply while others are at their exponentials. */
+    const SplitBarrier landed{shared_address(shared_barriers)};
+    const SplitBarrier shared{landed.address + 8}, finished{landed.address + 16};
+    if (threadIdx.x == 0) {
+        landed.init();
+        shared.init();
+        finished.init();
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    finished.arrive();
+    landed.arrive();
+
+    unsigned phase = 0;
+    for (int stage = 0; queries.has(tile); stage = STAGES - 1 - stage, phase ^= 1) {
         const int h = tile.h, query = tile.i;
         tile = queries.after(tile);
         const int offset = STAGES_OFFSET + stage * STAGE_BYTES;
         const QTile Q{K.address + offset};
         const OTile dO{Q.address + DO_OFFSET};
-        cp_async_wait<0>();
-        __syncthreads(); /* this tile is there; nobody reads the one before it any more, nor dS */
-        if (STAGES == 2)
-            load(1 - stage, tile);
+        landed.wait(phase);
 
         const int lane = threadIdx.x % 32;
         const int g = lane / 4, t = lane % 4;
@@ -436,6 +450,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Scores P, dS;
         multiply_rows(P, K, warp_key, Q, warp_query);
         exponentiate(P, p, stats, mask, warp_query, warp_key, b, h, query + warp_query, first_key + warp_key, g, t);
+        finished.wait(phase); /* all warps, with the tile before this one */
+        if (STAGES == 2)
+            load(1 - stage, tile);
         to_operand<true>(operand, P, p);
         put_operand(shared_P, operand, warp_key, warp_query, g, t);
         multiply_own(dV, operand, dO, warp_query, dv_columns);
@@ -444,21 +461,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         differentiate(dS, P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
         to_operand<false>(operand, dS, p);
         put_operand(shared_dS, operand, warp_key, warp_query, g, t);
+        shared.arrive();
         multiply_own(dK, operand, Q, warp_query, dk_columns);
-        __syncthreads(); /* P and dS of all warps are there; nobody reads the mask any more */
+        shared.wait(phase); /* and nobody reads the mask any more */
         load_mask_of(tile);
-        if (MASK_GRAD_OF_TILE)
-            put_mask_gradient(shared_dS, p, b, h, query, first_key);
         multiply_others(dV, shared_P, warp_key, dO, warp_query, dv_columns);
         multiply_others(dK, shared_dS, warp_key, Q, warp_query, dk_columns);
         if (STAGES == 1) {
             __syncthreads(); /* nobody reads Q and dO any more */
             load(0, tile);
         }
+        if (STAGES == 2) {
+            cp_async_wait<0>();
+            landed.arrive();
+        }
+        if (MASK_GRAD_OF_TILE)
+            put_mask_gradient(shared_dS, p, b, h, query, first_key);
         if (p.dq_sum)
             add_dq(p, shared_dS, K, b, h, query, warp);
+        if (STAGES == 1) {
+            cp_async_wait<0>();
+            landed.arrive();
+        }
+        finished.arrive();
     }
-    cp_async_wait<0>();
     __syncthreads(); /* nobody reads K and V any more: dK and dV take their places */
 
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
