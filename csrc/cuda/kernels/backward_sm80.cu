@@ -32,7 +32,7 @@ constexpr int WARP_KEYS = BLOCK_N / KEY_WARPS, WARP_QUERIES = BLOCK_M / QUERY_WA
 constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
 /* Steps of a product at a time; of more, the compiler loads more ahead than it has registers for.
  */
-constexpr int UNROLL = WARP_KEYS * WARP_QUERIES > 32 * 32 ? 2 : 4;
+constexpr int UNROLL = FA_MASK || FA_DROPOUT ? 2 : 3;
 static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
 /* Warps for dQ: 32 queries each, and the columns shared by those that are left. */
 constexpr int DQ_ROWS = 32, DQ_ROW_WARPS = BLOCK_M / DQ_ROWS, DQ_SHARES = WARPS / DQ_ROW_WARPS;
@@ -80,7 +80,27 @@ using DQColumns = Columns<DEPTH, DQ_SHARES>;
 typedef float Scores[KEY_TILES][QUERY_TILES][4];
 typedef unsigned Operand[KEY_TILES][QUERY_TILES / 2][4];
 
-/* C = A B^T */
+/* C += A B^T of 16 columns from d on. */
+template <class A, class B>
+static __device__ __forceinline__ void multiply_columns(Scores &C, const A &a_tile, int first_row,
+                                                        const B &b_tile, int first_col, int d) {
+    unsigned a[KEY_TILES][4];
+#pragma unroll
+    for (int k = 0; k < KEY_TILES; k++)
+        a_tile.a(a[k], first_row + 16 * k, d);
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m += 2) {
+        unsigned b[4];
+        b_tile.b_of_rows(b, first_col + 8 * m, d);
+#pragma unroll
+        for (int k = 0; k < KEY_TILES; k++) {
+            mma_16x8x16(C[k][m], a[k], b[0], b[1]);
+            mma_16x8x16(C[k][m + 1], a[k], b[2], b[3]);
+        }
+    }
+}
+
+/* C = A B^T. The first step stands alone so that it adds to the zero register. */
 template <class A, class B>
 static __device__ __forceinline__ void multiply_rows(Scores &C, const A &a_tile, int first_row,
                                                      const B &b_tile, int first_col) {
@@ -91,23 +111,10 @@ static __device__ __forceinline__ void multiply_rows(Scores &C, const A &a_tile,
 #pragma unroll
             for (int x = 0; x < 4; x++)
                 C[k][m][x] = 0;
+    multiply_columns(C, a_tile, first_row, b_tile, first_col, 0);
 #pragma unroll UNROLL
-    for (int d = 0; d < A::WIDTH; d += 16) {
-        unsigned a[KEY_TILES][4];
-#pragma unroll
-        for (int k = 0; k < KEY_TILES; k++)
-            a_tile.a(a[k], first_row + 16 * k, d);
-#pragma unroll
-        for (int m = 0; m < QUERY_TILES; m += 2) {
-            unsigned b[4];
-            b_tile.b_of_rows(b, first_col + 8 * m, d);
-#pragma unroll
-            for (int k = 0; k < KEY_TILES; k++) {
-                mma_16x8x16(C[k][m], a[k], b[0], b[1]);
-                mma_16x8x16(C[k][m + 1], a[k], b[2], b[3]);
-            }
-        }
-    }
+    for (int d = 16; d < A::WIDTH; d += 16)
+        multiply_columns(C, a_tile, first_row, b_tile, first_col, d);
 }
 
 /* C += A B, for 16 rows of B from first_row on. */
