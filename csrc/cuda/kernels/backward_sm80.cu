@@ -159,13 +159,16 @@ static __device__ __forceinline__ void
 multiply_others(float (&C)[KEY_TILES][Cols::TILES][4], const PTile &P, int first_key,
                 const B &b_tile, int first_query, const Cols &cols) {
 #pragma unroll
-    for (int m = WARP_QUERIES; m < BLOCK_M; m += 16) {
-        const int query = (first_query + m) % BLOCK_M;
-        unsigned a[KEY_TILES][4];
+    for (int w = 1; w < QUERY_WARPS; w++) {
+        const int query = (first_query + w * WARP_QUERIES) % BLOCK_M;
 #pragma unroll
-        for (int k = 0; k < KEY_TILES; k++)
-            P.a(a[k], first_key + 16 * k, query);
-        multiply_step<KEY_TILES>(C, a, b_tile, query, cols);
+        for (int m = 0; m < WARP_QUERIES; m += 16) {
+            unsigned a[KEY_TILES][4];
+#pragma unroll
+            for (int k = 0; k < KEY_TILES; k++)
+                P.a(a[k], first_key + 16 * k, query + m);
+            multiply_step<KEY_TILES>(C, a, b_tile, query + m, cols);
+        }
     }
 }
 

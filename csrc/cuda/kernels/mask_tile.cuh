@@ -95,11 +95,12 @@ static __device__ __forceinline__ void put_mask_gradient(const Tile<KEYS, QUERIE
         const int query = piece % (QUERIES / 8) * 8, first_key = piece / (QUERIES / 8) * 32;
         unsigned word[4];
         ldmatrix_x4_trans(word, dS.at(first_key + key, query));
-        if (i + query + g >= p.seq_q)
-            continue;
-        const long long row = mask_row(p.dmask, b, h, i + query + g);
-        put_gradient_of_mask(p, row, j + first_key + 4 * t, aligned, {word[0], word[1]});
-        put_gradient_of_mask(p, row, j + first_key + 16 + 4 * t, aligned, {word[2], word[3]});
+        if (i + query + g < p.seq_q) {
+            const long long row = mask_row(p.dmask, b, h, i + query + g);
+            put_gradient_of_mask(p, row, j + first_key + 4 * t, aligned, {word[0], word[1]});
+            put_gradient_of_mask(p, row, j + first_key + 16 + 4 * t, aligned, {word[2], word[3]});
+        }
+        __syncwarp();
     }
 }
 
