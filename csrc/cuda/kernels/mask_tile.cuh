@@ -26,7 +26,7 @@ static __device__ __forceinline__ void load_mask(const Tile<ROWS, COLS> &tile,
     const int thread = thread_index(), col = thread % LANES * 8, first = thread / LANES;
     const int cols = max(0, min(8, p.seq_k - j - col));
     const bool aligned = is_aligned(p.mask, 8, sizeof(elem));
-#pragma unroll
+#pragma unroll 1 /* registers are few */
     for (int row = first; row < ROWS; row += STEP) {
         const bool valid = i + row < p.seq_q && cols > 0;
         const elem *from = (const elem *)p.mask.data;
