@@ -222,9 +222,9 @@ std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch) {
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor>
-run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *launch,
-             MaskGrad mask_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(BackwardInputs &inputs,
+                                                        std::array<bool, 4> grad_wanted,
+                                                        Launch *launch, MaskGrad mask_grad) {
     const auto &[q, k, v, mask] = std::tie(inputs.q, inputs.k, inputs.v, inputs.mask);
     const bool mask_wanted = grad_wanted[3];
     TORCH_CHECK(!mask_wanted || (mask.defined() && mask.scalar_type() != at::kBool),
@@ -254,7 +254,7 @@ run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *la
         if (grad_wanted[2])
             params.dv = output(dv);
         if (mask_wanted)
-            params.dmask = {dmask.mutable_data_ptr(), broadcast_stride(dmask, 0),
+            params.dmask = {dmask.mutable_data_ptr(),   broadcast_stride(dmask, 0),
                             broadcast_stride(dmask, 1), broadcast_stride(dmask, 2),
                             broadcast_stride(dmask, 3), in_dtype};
         launch(params);

@@ -66,8 +66,8 @@ enum class MaskGrad { acc, dtype };
 
 // The operators, once their inputs are checked: allocate the results, launch.
 std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch);
-std::tuple<Tensor, Tensor, Tensor, Tensor>
-run_backward(BackwardInputs &inputs, std::array<bool, 4> grad_wanted, Launch *launch,
-             MaskGrad mask_grad);
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(BackwardInputs &inputs,
+                                                        std::array<bool, 4> grad_wanted,
+                                                        Launch *launch, MaskGrad mask_grad);
 
 } // namespace flash_attn_ext

@@ -168,8 +168,8 @@ static const struct tile *find_tile(int kernel, const struct fa_params *p, int a
     const int features = (p->mask.data ? MASK : 0) | (p->dropout_p > 0 ? DROPOUT : 0);
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
-        if (t->kernel == kernel && t->operand == operand_of(p) &&
-            head_dim <= t->max_head_dim && !(t->without & features) &&
+        if (t->kernel == kernel && t->operand == operand_of(p) && head_dim <= t->max_head_dim &&
+            !(t->without & features) &&
             t->resident * (shared_bytes(t, p) + OTHER_SHARED) <= shared_limit(arch))
             return t;
     }

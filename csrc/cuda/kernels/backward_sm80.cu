@@ -53,7 +53,8 @@ constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M * sizeof(float2);
 constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, MASK_OFFSET = P_OFFSET + 2 * PTile::BYTES;
 constexpr bool HAS_MASK_TILE = FA_MASK == 2;
 constexpr int STAGES_OFFSET = MASK_OFFSET + (HAS_MASK_TILE ? MaskTile::BYTES : 0);
-/* The mask's gradient comes from dS in shared memory, rounded as dS is for dK; or from registers. */
+/* The mask's gradient comes from dS in shared memory, rounded as dS is for dK; or from registers.
+ */
 constexpr bool MASK_GRAD_OF_TILE = FA_MASK_GRAD == 3 || (FA_MASK_GRAD == 1 && HAS_MASK_TILE);
 constexpr bool MASK_GRAD_OF_SCORES = FA_MASK_GRAD != 0 && !MASK_GRAD_OF_TILE;
 
@@ -265,11 +266,10 @@ static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_p
                 float &P = S[k][m + x / 4][x % 4];
                 const float lse = stats[column].x;
 #if FA_MASK
-                const float term =
-                    HAS_MASK_TILE
-                        ? mask_term((mask_elem)(masks[x / 2] >> 16 * (x % 2)))
-                        : mask_value(p, mask_row(p.mask, b, h, min(i, p.seq_q - 1)),
-                                     min(j, p.seq_k - 1));
+                const float term = HAS_MASK_TILE
+                                       ? mask_term((mask_elem)(masks[x / 2] >> 16 * (x % 2)))
+                                       : mask_value(p, mask_row(p.mask, b, h, min(i, p.seq_q - 1)),
+                                                    min(j, p.seq_k - 1));
                 P = probability(fmaf(P, p.scale_log2e, term), lse);
 #else
                 P = exp2_approx(min_nan(fmaf(P, p.scale_log2e, -lse), 0));
@@ -459,7 +459,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Operand operand;
         Scores P, dS;
         multiply_rows(P, K, warp_key, Q, warp_query);
-        exponentiate(P, p, stats, mask, warp_query, warp_key, b, h, query + warp_query, first_key + warp_key, g, t);
+        exponentiate(P, p, stats, mask, warp_query, warp_key, b, h, query + warp_query,
+                     first_key + warp_key, g, t);
         finished.wait(phase); /* all warps, with the tile before this one */
         if (STAGES == 2)
             load(1 - stage, tile);

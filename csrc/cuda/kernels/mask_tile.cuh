@@ -1,6 +1,6 @@
-/* Tiles of a mask of the dtype of q and of its gradient, in shared memory. The backward holds scores
- * transposed: what a warp of it wants of a mask lies scattered in global memory, but one ldmatrix
- * takes it from a tile there; and the same the other way. */
+/* Tiles of a mask of the dtype of q and of its gradient, in shared memory. The backward holds
+ * scores transposed: what a warp of it wants of a mask lies scattered in global memory, but one
+ * ldmatrix takes it from a tile there; and the same the other way. */
 #pragma once
 
 #include "ptx/reduce.cuh"
@@ -18,9 +18,8 @@ static __device__ __forceinline__ bool is_aligned(const fa_kernel_mask &mask, in
 
 /* Begins to copy the mask of the queries from i and the keys from j on. */
 template <int ROWS, int COLS>
-static __device__ __forceinline__ void load_mask(const Tile<ROWS, COLS> &tile,
-                                                 const fa_kernel_params &p, int b, int h, int i,
-                                                 int j) {
+static __device__ __forceinline__ void
+load_mask(const Tile<ROWS, COLS> &tile, const fa_kernel_params &p, int b, int h, int i, int j) {
     constexpr int LANES = COLS / 8, STEP = THREADS / LANES;
     static_assert(COLS % 8 == 0 && THREADS % LANES == 0 && ROWS % STEP == 0, "whole chunks");
     const int thread = thread_index(), col = thread % LANES * 8, first = thread / LANES;
@@ -48,7 +47,8 @@ static __device__ __forceinline__ void load_mask(const Tile<ROWS, COLS> &tile,
 /* Four elements of a row of the gradient from column j on: added to it as floats where
  * FA_MASK_GRAD is 1, else stored as they are. */
 static __device__ __forceinline__ void put_gradient_of_mask(const fa_kernel_params &p,
-                                                            long long row_start, int j, bool aligned,
+                                                            long long row_start, int j,
+                                                            bool aligned,
                                                             const unsigned (&pair)[2]) {
     const long long index = row_start + j * p.dmask.stride_col;
     elem dS[4];
@@ -88,7 +88,8 @@ static __device__ __forceinline__ void put_mask_gradient(const Tile<KEYS, QUERIE
                                                          int i, int j) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const bool aligned = is_aligned(p.dmask, 4, FA_MASK_GRAD == 1 ? sizeof(float) : sizeof(elem));
-    /* Keys are dealt to the rows of the matrices so that a thread gets 4 neighbours of one query. */
+    /* Keys are dealt to the rows of the matrices so that a thread gets 4 neighbours of one query.
+     */
     const int key = lane / 16 * 16 + lane % 8 / 2 * 4 + lane / 8 % 2 * 2 + lane % 2;
 #pragma unroll 2
     for (int piece = warp; piece < QUERIES / 8 * (KEYS / 32); piece += THREADS / 32) {
