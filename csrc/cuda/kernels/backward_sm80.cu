@@ -32,7 +32,7 @@ constexpr int WARP_KEYS = BLOCK_N / KEY_WARPS, WARP_QUERIES = BLOCK_M / QUERY_WA
 constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
 /* Steps of a product at a time; of more, the compiler loads more ahead than it has registers for.
  */
-constexpr int UNROLL = FA_MASK || FA_DROPOUT ? 2 : 3;
+constexpr int UNROLL = STAGES == 1 ? 1 : FA_MASK || FA_DROPOUT ? 2 : 3;
 static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
 /* Warps for dQ: 32 queries each, and the columns shared by those that are left. */
 constexpr int DQ_ROWS = 32, DQ_ROW_WARPS = BLOCK_M / DQ_ROWS, DQ_SHARES = WARPS / DQ_ROW_WARPS;
@@ -53,6 +53,9 @@ constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M * sizeof(float2);
 constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, MASK_OFFSET = P_OFFSET + 2 * PTile::BYTES;
 constexpr bool HAS_MASK_TILE = FA_MASK == 2;
 constexpr int STAGES_OFFSET = MASK_OFFSET + (HAS_MASK_TILE ? MaskTile::BYTES : 0);
+/* Part of the next tile of queries is asked for late, and waited for after dQ rather than before.
+ */
+constexpr bool LANDS_LATE = STAGES == 1 || HAS_MASK_TILE;
 /* The mask's gradient comes from dS in shared memory, rounded as dS is for dK; or from registers.
  */
 constexpr bool MASK_GRAD_OF_TILE = FA_MASK_GRAD == 3 || (FA_MASK_GRAD == 1 && HAS_MASK_TILE);
@@ -482,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             __syncthreads(); /* nobody reads Q and dO any more */
             load(0, tile);
         }
-        if (STAGES == 2) {
+        if (!LANDS_LATE) {
             cp_async_wait<0>();
             landed.arrive();
         }
@@ -490,7 +493,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             put_mask_gradient(shared_dS, p, b, h, query, first_key);
         if (p.dq_sum)
             add_dq(p, shared_dS, K, b, h, query, warp);
-        if (STAGES == 1) {
+        if (LANDS_LATE) {
             cp_async_wait<0>();
             landed.arrive();
         }
