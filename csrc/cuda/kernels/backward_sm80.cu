@@ -17,7 +17,7 @@
  * Compiled with the macros of forward_sm80.cu, STAGES (tiles of Q and of dO in shared memory: 2
  * where there is room) and FA_MASK_GRAD (0 none, 1 added atomically because the mask broadcasts, 2
  * stored as floats, 3 stored in the dtype of q, with zeros where the window hides it). */
-#include "mask_tile.cuh"
+#include "backward_mask_tile.cuh"
 #include "scores.cuh"
 #include "split_barrier.cuh"
 #include "tile.cuh"
