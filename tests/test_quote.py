@@ -16,7 +16,7 @@ static int T(twice)(const char *s,
                     int x) { // {
     if (s == "}" || s[0] == '{')
         return helper(x);
-    for (int i = 0; i < 2; i++) {
+    while (--x > 0) {
         for (int j = 0; j < 3; j++)
             x += helper(j);
         other(x);
@@ -53,12 +53,17 @@ def test_function(csrc):
 
 
 def test_loop(csrc):
-    assert quote.loop("a.inl", "twice", around="helper") == (
+    """The innermost one, whatever its head, and of several the shortest."""
+    assert quote.loop("a.inl", around="helper") == (
         "for (int j = 0; j < 3; j++)\n    x += helper(j);"
     )
-    outer = quote.loop("a.inl", "twice", around="other")
-    assert outer.startswith("for (int i") and outer.endswith("    other(x);\n}")
-    assert "twice" in quote.loop("a.inl", "kernel", around="twice")
+    outer = quote.loop("a.inl", around="other")
+    assert outer.startswith("while (--x > 0) {\n    for") and outer.endswith("    other(x);\n}")
+    assert quote.loop("a.inl", around="twice").startswith("for (int i")
+
+
+def test_exists(csrc):
+    assert quote.exists("a.inl") and not quote.exists("b.inl")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ def test_loop(csrc):
     [
         (lambda: quote.function("a.inl", "gone"), "no function gone in csrc/a.inl"),
         (lambda: quote.function("a.inl", "helper"), "no function helper"),  # only declared
-        (lambda: quote.loop("a.inl", "twice", around="gone"), "a call of gone in twice"),
+        (lambda: quote.loop("a.inl", around="gone"), "no loop around a call of gone"),
         (lambda: quote.function("gone.inl", "twice"), "no file csrc/gone.inl"),
     ],
 )

@@ -1,11 +1,11 @@
 """Quotes the sources by name, so that what a notebook shows is what is compiled.
 
     quote.function("cpu/forward.inl", "online_softmax")
-    quote.loop("cuda/kernels/forward_sm80.cu", "fa_forward", around="multiply_scores")
+    quote.loop("cuda/kernels/forward_sm80.cu", around="multiply_values")
 
 A name that is not there any more raises LookupError, which fails the notebook in CI: a quotation
-can vanish, but not go stale. Understands as much of C as the project's own formatting (clang-format)
-needs: comments and strings are no code, and braces match.
+can vanish, but not go stale. Understands as much of C as the project's own formatting
+(clang-format) needs: comments and strings are no code, and brackets match.
 """
 
 import re
@@ -23,8 +23,7 @@ def function(path: str | Path, name: str) -> str:
     """
     source = _read(path)
     code = _blank_out(source)
-    spelled = rf"(?:\b{re.escape(name)}|\bT\({re.escape(name)}\))"
-    for found in re.finditer(rf"{spelled}\s*\(", code):
+    for found in re.finditer(rf"{_spelled(name)}\s*\(", code):
         if _depth(code, found.start()) > 0:
             continue  # a call
         end_of_parameters = _closing(code, found.end() - 1)
@@ -35,23 +34,27 @@ def function(path: str | Path, name: str) -> str:
     raise LookupError(_missing(f"no function {name}", path))
 
 
-def loop(path: str | Path, name: str, around: str) -> str:
-    """The innermost for loop of a function that has a call of `around` in its body."""
-    source = function(path, name)
+def loop(path: str | Path, around: str) -> str:
+    """The innermost loop with a call of `around` in its body; of several the shortest."""
+    source = _read(path)
     code = _blank_out(source)
-    spelled = rf"(?:\b{re.escape(around)}|\bT\({re.escape(around)}\))"
-    calls = [call.start() for call in re.finditer(rf"{spelled}\s*\(", code)]
+    calls = [call.start() for call in re.finditer(rf"{_spelled(around)}\s*\(", code)]
     loops = []
-    for found in re.finditer(r"\bfor\s*\(", code):
+    for found in re.finditer(r"\b(?:for|while)\s*\(", code):
         head_end = _closing(code, found.end() - 1)
         body = re.compile(r"\s*\{").match(code, head_end)
         end = _closing(code, body.end() - 1) if body else code.index(";", head_end) + 1
         if any(head_end <= call < end for call in calls):
             loops.append((end - found.start(), found.start(), end))
     if not loops:
-        raise LookupError(_missing(f"no loop around a call of {around} in {name}", path))
+        raise LookupError(_missing(f"no loop around a call of {around}", path))
     _, start, end = min(loops)
     return textwrap.dedent(source[source.rfind("\n", 0, start) + 1 : end])
+
+
+def exists(path: str | Path) -> bool:
+    """Whether csrc has this file: for what only some versions of the project have."""
+    return (CSRC / path).is_file()
 
 
 def show(code: str, language: str = "c"):
@@ -67,6 +70,10 @@ def _read(path: str | Path) -> str:
     if not (CSRC / path).is_file():
         raise LookupError(f"There is no file csrc/{path} any more: update what quotes it.")
     return (CSRC / path).read_text()
+
+
+def _spelled(name: str) -> str:
+    return rf"(?:\b{re.escape(name)}|\bT\({re.escape(name)}\))"
 
 
 def _missing(what: str, path: str | Path) -> str:
