@@ -9,7 +9,6 @@ can vanish, but not go stale. Understands as much of C as the project's own form
 """
 
 import re
-import textwrap
 from pathlib import Path
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -49,7 +48,9 @@ def loop(path: str | Path, around: str) -> str:
     if not loops:
         raise LookupError(_missing(f"no loop around a call of {around}", path))
     _, start, end = min(loops)
-    return textwrap.dedent(source[source.rfind("\n", 0, start) + 1 : end])
+    indent = start - source.rfind("\n", 0, start) - 1
+    # Not textwrap.dedent: clang-format puts #pragma into the first column.
+    return re.sub(rf"^ {{1,{indent}}}", "", source[start:end], flags=re.MULTILINE)
 
 
 def exists(path: str | Path) -> bool:
