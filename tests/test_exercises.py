@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import flash_attn_ext
+from flash_attn_ext.measure import saved_bytes
 from flash_attn_ext.series import exercises, naive
 
 
@@ -99,6 +100,6 @@ def test_empty_answer_does_not_stop_a_notebook(name, empty, capsys):
 
 def test_saved_bytes():
     x, y = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
-    assert exercises.saved_bytes(lambda: x * y) == 2 * 10 * 10 * 4
-    assert exercises.saved_bytes(lambda: x * x.detach().T) == 10 * 10 * 4  # one memory
-    assert exercises.saved_bytes(lambda: x + y) == 0
+    assert saved_bytes(lambda: x * y) == 2 * 10 * 10 * 4
+    assert saved_bytes(lambda: x * x.detach().T) == 10 * 10 * 4  # one memory
+    assert saved_bytes(lambda: x + y) == 0

@@ -12,6 +12,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from ..measure import saved_bytes
 from . import naive
 from .naive import visible
 
@@ -68,22 +69,6 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def saved_bytes(call: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for the backward of `call`: each memory counted once."""
-    storages = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # alive until the sum is made, so that no address is used twice
-    total = sum(storages.values())
-    del result
-    return total
-
-
 # --- notebook 1 --------------------------------------------------------------------------------
 
 
@@ -125,7 +110,7 @@ def drop_in(ask) -> None:
         _require(
             out, expected, hints, "The numbers differ from softmax(Q K^T / sqrt(d)) V, causal."
         )
-    kept = saved_bytes(lambda: ask(q, k, v))
+    kept = saved_bytes(ask, q, k, v)
     one_matrix = 2 * 600 * 600 * 4
     assert kept < one_matrix, (
         f"Right numbers, but {kept:,} bytes are kept for the backward: some N x N matrix is among "

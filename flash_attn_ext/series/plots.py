@@ -134,10 +134,11 @@ def against_length(
     base: int = 2,
 ) -> None:
     """Both axes logarithmic: N^2 is a line of slope 2."""
-    for name, values in curves.items():
+    for rank, (name, values) in enumerate(curves.items()):
+        width = 2 + 2.5 * (len(curves) - 1 - rank)  # so that curves that coincide are seen
         points = [(n, v) for n, v in zip(lengths, values, strict=True) if v is not None]
         color = PEERS.get(name)
-        axes.plot(*zip(*points, strict=True), "o-", color=color, label=name)
+        axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, linewidth=width)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=base)
     axes.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
