@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from IPython.display import Image
+from IPython.display import Image, display
 from matplotlib import pyplot
 
 import flash_attn_ext
@@ -468,7 +468,7 @@ quote.show(quote.loop("cpu/forward.inl", around="online_softmax"))
 # %% [markdown]
 # | you wrote | C says |
 # |---|---|
-# | `S = Q_i @ K_j.mT` | the first `gemm`; $S$ is transposed, so that a query is a lane of a vector |
+# | `S = Q_i @ K_j.mT` | the first `gemm`; $S$ is transposed: a query is a lane of a vector |
 # | `scale_and_mask` | `edit_scores`, only where a mask or the window touches the tile |
 # | `m_new`, `P`, `l`, `rescale` | `online_softmax` |
 # | `O_i * rescale` | `rescale_rows`, which skips rows whose maximum stayed |
@@ -491,11 +491,8 @@ quote.show(quote.loop("cuda/kernels/forward_sm80.cu", around="multiply_values"),
 
 # %%
 if quote.exists("cuda/kernels/forward_sm90.cu"):
-    print("And once more for Hopper (TMA brings the tiles, wgmma multiplies):")
-    hopper = quote.show(quote.loop("cuda/kernels/forward_sm90.cu", around="multiply_values"), "cpp")
-else:
-    hopper = None
-hopper
+    print("And once more for Hopper: TMA brings the tiles, wgmma multiplies.")
+    display(quote.show(quote.loop("cuda/kernels/forward_sm90.cu", around="multiply_values"), "cpp"))
 
 # %% [markdown]
 # The backward, in the same two languages. In C, one tile of queries against one tile of keys, with
@@ -551,7 +548,7 @@ samples = take_turns(
     {name: both_ways(attend) for name, attend in implementations.items()}, device=device, seconds=6
 )
 _, axes = pyplot.subplots(figsize=(7.5, 2.4))
-plots.ladder(axes, {name: sample.median for name, sample in samples.items()}, base="naive")
+plots.ladder(axes, {name: sample.best for name, sample in samples.items()}, base="naive")
 axes.set_title(f"forward + backward, {heads} heads, N = {n}, d = {d}, causal, {dtype}")
 pyplot.show()
 

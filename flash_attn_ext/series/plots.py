@@ -117,12 +117,13 @@ def steps_bar(
             color = KINDS.get(kind, FAST)
             axes.barh(name, value * factor, left=left, color=color, label=label, edgecolor="white")
             left += value * factor
-        axes.text(left, name, f" {left:,.3g}", va="center", fontsize=9)
+        if unit != "percent":
+            axes.text(left, name, f" {left:,.3g}", va="center", fontsize=9)
+            axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
-    axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def against_length(
@@ -135,7 +136,7 @@ def against_length(
 ) -> None:
     """Both axes logarithmic: N^2 is a line of slope 2."""
     for rank, (name, values) in enumerate(curves.items()):
-        width = 2 + 2.5 * (len(curves) - 1 - rank)  # so that curves that coincide are seen
+        width = 1.5 + 1.8 * (len(curves) - 1 - rank)  # so that curves that coincide are seen
         points = [(n, v) for n, v in zip(lengths, values, strict=True) if v is not None]
         color = PEERS.get(name)
         axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, linewidth=width)
