@@ -197,6 +197,9 @@ for name, value in time_of.items():
 # because each of them **reads a matrix of $N^2$ numbers from memory and writes one back**. The bar
 # of the time looks more like the bar of the bytes.
 #
+# (On a CPU dropout is an extreme case: drawing the random numbers costs even more than moving
+# them.)
+#
 # On a GPU this is far more pronounced: its products run on tensor cores, hundreds of times as fast
 # as it can fetch numbers. In the paper's profile of GPT-2 on an A100 the products are the small
 # part of the bar.
