@@ -53,12 +53,13 @@ def save(source: Path) -> None:
 
 
 def make_smaller(output: dict) -> None:
-    """A drawing does with 64 colours."""
+    """A drawing does with 128 colours."""
     data = output.get("data", {})
     if "image/png" in data:
         picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
         with io.BytesIO() as buffer:
-            picture.quantize(64, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+            small = picture.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            small.save(buffer, "png", optimize=True)
             data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -26,7 +26,14 @@ KINDS = {
     "dropout": "#9a7fb5",
     "statistics": "#999999",
 }
-PEERS = {"naive": "#d9705f", "tiled PyTorch": "#c9b458", "SDPA": "#5b8db8", "ours": FAST}
+PEERS = {
+    "naive": "#d9705f",
+    "standard": "#d9705f",
+    "tiled PyTorch": "#c9b458",
+    "SDPA": "#5b8db8",
+    "ours": FAST,
+    "flash": FAST,
+}
 
 
 def use_style() -> None:
@@ -43,6 +50,9 @@ def use_style() -> None:
             "axes.titlesize": 11,
             "grid.alpha": 0.3,
             "legend.frameon": False,
+            "axes.prop_cycle": matplotlib.cycler(
+                color=[KINDS["product"], KINDS["softmax"], FAST, KINDS["dropout"], KINDS["mask"]]
+            ),
             "lines.linewidth": 2,
             "lines.markersize": 5,
         }
@@ -201,37 +211,56 @@ def pyramid(axes: Axes, levels: Sequence[tuple[str, str]], title: str = "") -> N
     axes.axis("off")
 
 
+def bandwidths(
+    axes: Axes, sizes: Sequence[int], rates: Sequence[float], caches: Mapping[str, int]
+) -> None:
+    """bytes/s against the bytes that are read over and over; a line where each cache ends."""
+    axes.plot(sizes, [rate / 1e9 for rate in rates], "o-", color=FAST)
+    for name, size in caches.items():
+        axes.axvline(size, color=EDGE, linestyle=":", linewidth=1)
+        axes.text(size, axes.get_ylim()[1], f"{name} ends ", ha="right", va="top", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _size(x)))
+    axes.set(xlabel="size of what is read again and again", ylabel="GB/s", ylim=(0, None))
+
+
+def _size(count: float) -> str:
+    power = min(int(math.log2(max(count, 1)) / 10), 3)
+    return f"{count / 1024**power:.0f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
 def roofline(
     axes: Axes,
     peak_flops: float,
     roofs: Mapping[str, float],
-    points: Mapping[str, tuple[float, str]],
+    points: Mapping[str, tuple[float, float, str]],
 ) -> None:
-    """Attainable FLOP/s against intensity. roofs: bytes/s; points: intensity and kind of step."""
+    """FLOP/s within reach against intensity, and what was reached.
+
+    roofs: bytes/s of each memory. points: intensity, FLOP/s measured, and kind of step.
+    """
     low, high = 0.1, 2000.0
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
-    for shade, (name, bandwidth) in enumerate(roofs.items()):
+    for (name, bandwidth), color in zip(roofs.items(), (SLOW, FAST)):
         ys = [min(peak_flops, bandwidth * x) / 1e9 for x in xs]
-        axes.plot(
-            xs, ys, color=(SLOW, FAST, EDGE)[shade % 3], label=f"{name} {bandwidth / 1e9:,.0f} GB/s"
-        )
-    slowest = min(roofs.values())
-    height = {}
-    for name, (intensity, kind) in points.items():
-        y = min(peak_flops, slowest * intensity) / 1e9
+        axes.plot(xs, ys, color=color, label=f"{name}, {bandwidth / 1e9:,.0f} GB/s")
+    ridge = peak_flops / min(roofs.values())
+    axes.axvline(ridge, color=EDGE, linestyle=":", linewidth=1)
+    axes.text(ridge, 1.3 * peak_flops / 1e9, f"{ridge:.1f} FLOP/byte", ha="center", fontsize=8)
+    labelled = []
+    for name, (intensity, reached, kind) in points.items():
+        y = reached / 1e9
         axes.plot([intensity], [y], "o", color=KINDS.get(kind, FAST), markersize=7)
-        near = round(intensity, 1)
-        height[near] = height.get(near, 0) + 1  # points of the same intensity: labels in a pile
-        axes.annotate(
-            name, (intensity, y), xytext=(8, -4 - 11 * (height[near] - 1)), fontsize=8,
-            textcoords="offset points",
-        )  # fmt: skip
-    axes.axvline(peak_flops / slowest, color=EDGE, linestyle=":", linewidth=1)
+        near = sum(max(x / intensity, intensity / x) < 1.5 for x in labelled)  # one below the other
+        labelled.append(intensity)
+        place = (7, -4 - 11 * near)
+        axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter("{:g}".format))
     axes.yaxis.set_major_formatter(FuncFormatter("{:,g}".format))
-    axes.set(xlabel="FLOPs for each byte of slow memory", ylabel="GFLOP/s within reach")
+    axes.set(xlabel="FLOPs for each byte of slow memory", ylabel="GFLOP/s")
+    axes.set_ylim(top=3 * peak_flops / 1e9)
     axes.legend(fontsize=8, loc="lower right")
 
 
