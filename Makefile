@@ -12,10 +12,10 @@ C_FILES = $(shell find csrc tests/c -name '*.[ch]' -o -name '*.cpp' -o -name '*.
 BUILT_FROM = pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench figures lint format asan clean
+.PHONY: help demo test notebooks bench figures lint format asan clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp of a finished set-up; it goes where it vanishes together with what it stands for.
 ifeq ($(origin PYTHON),command line)
@@ -38,7 +38,7 @@ CLANG_FORMAT := PATH=.venv/bin:$$PATH clang-format
 $(INSTALLED): $(BUILT_FROM) | .venv/bin/python
 	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install $(TORCH)
 	@$(PYTHON) -m pip install 'setuptools>=64' wheel && \
-	    $(PYTHON) -m pip install --no-build-isolation -e '.[demo,dev]' || { \
+	    $(PYTHON) -m pip install --no-build-isolation -e '.[demo,dev,notebooks]' || { \
 	    echo "Set-up failed, see above. Offline, with torch installed: make ... PYTHON=python3" >&2; \
 	    exit 1; }
 	@touch $@
@@ -50,6 +50,9 @@ demo: $(INSTALLED) ## train a small GPT with three attentions and compare them (
 test: $(INSTALLED) ## run the test suite
 	$(PYTHON) -m pytest
 
+notebooks: $(INSTALLED) ## run the four notebooks with the checks in them (2 minutes)
+	$(PYTHON) -m pytest --nbmake --nbmake-timeout=300 notebooks
+
 bench: $(INSTALLED) ## time and weigh ours against PyTorch's, then update README and plots (10 minutes)
 	$(PYTHON) benchmarks/cpu.py
 	$(PYTHON) benchmarks/memory.py
@@ -57,6 +60,7 @@ bench: $(INSTALLED) ## time and weigh ours against PyTorch's, then update README
 
 figures: $(INSTALLED) ## draw the pictures of the documentation again
 	$(PYTHON) docs/draw_tiles.py
+	$(PYTHON) docs/draw_series.py
 
 lint: $(INSTALLED) ## check style: ruff and clang-format
 	$(PYTHON) -m ruff check .

@@ -253,7 +253,7 @@ def roofline(
         axes.plot([intensity], [y], "o", color=KINDS.get(kind, FAST), markersize=7)
         near = sum(max(x / intensity, intensity / x) < 1.5 for x in labelled)  # one below the other
         labelled.append(intensity)
-        place = (7, -4 - 11 * near)
+        place = (7, 4 - 16 * near) if near else (7, 2)
         axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
