@@ -113,6 +113,13 @@ def test_a_directory_that_cannot_be_written_costs_one_warning(cache):
     assert not list(cache.iterdir())
 
 
+def test_a_directory_where_nobody_can_make_files_costs_one_warning(cache, monkeypatch):
+    """Not even root."""
+    monkeypatch.setenv("FLASH_ATTN_EXT_CACHE", "/proc/self")
+    (warning,) = warnings_of(f"{COMPILE}; _C.cuda_compile({CALL}, 86)")
+    assert "/proc/self" in warning
+
+
 def test_a_directory_that_others_can_write_is_not_used(cache):
     """Whoever can put a file there could run code of his in this process."""
     cache.mkdir(parents=True)

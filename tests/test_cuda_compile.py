@@ -30,7 +30,8 @@ def test_standard_list(arch, capsys):
 
 
 def describe(call, kernel) -> str:
-    features = [name for name in ("window", "dropout", "mask_grad") if call[name]]
+    names = ("window", "dropout", "mask_grad", "mask_broadcasts", "deterministic")
+    features = [name for name in names if call[name]]
     if call["mask"]:
         features.append(f"{call['mask']} mask")
     tile = f"{kernel['block_m']}x{kernel['block_n']}x{kernel['threads']}"
