@@ -498,7 +498,7 @@ quote.show(cuda_forward, "cpp")
 
 # %%
 def side_by_side(rows, c, cuda):
-    for yours, in_c, in_cuda in rows:
+    for _, in_c, in_cuda in rows:
         assert in_c in c, f"{in_c} is not in the C code above any more: update this table"
         assert in_cuda in cuda, f"{in_cuda} is not in the CUDA code above any more: update it"
     lines = [f"| {yours} | `{in_c}` | `{in_cuda}` |" for yours, in_c, in_cuda in rows]
@@ -511,7 +511,8 @@ side_by_side(
         ("scale and mask", "edit_scores", "finish_scores"),
         ("$m, l, P$ and the factor", "online_softmax", "softmax"),
         ("dropout", "multiply_tile", "drop"),
-        ("$O = O e^{m - m'} + P V$", "rescale_rows", "multiply_values"),
+        ("$O$ times the factor", "rescale_rows", "softmax"),
+        ("$O$ += $P V$", "gemm(s.O", "multiply_values"),
     ],
     c_forward,
     cuda_forward,
@@ -586,7 +587,7 @@ def both_ways(attend):
 reference = both_ways(implementations["naive"])()
 for attend in implementations.values():  # checked before it is timed
     for result, expected in zip(both_ways(attend)(), reference):
-        torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
+        assert (result - expected).abs().max() < 0.02 * expected.abs().max()
 
 samples = take_turns(
     {name: both_ways(attend) for name, attend in implementations.items()}, device=device, seconds=6
