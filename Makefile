@@ -50,7 +50,7 @@ demo: $(INSTALLED) ## train a small GPT with three attentions and compare them (
 test: $(INSTALLED) ## run the test suite
 	$(PYTHON) -m pytest
 
-notebooks: $(INSTALLED) ## run the four notebooks with the checks in them (2 minutes)
+notebooks: $(INSTALLED) ## run the four notebooks with the checks in them (3 minutes)
 	$(PYTHON) -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 bench: $(INSTALLED) ## time and weigh ours against PyTorch's, then update README and plots (10 minutes)

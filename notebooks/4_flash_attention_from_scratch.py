@@ -26,6 +26,7 @@ from IPython.display import Image, Markdown, display
 from matplotlib import pyplot
 
 import flash_attn_ext
+from flash_attn_ext import _C
 from flash_attn_ext.measure import saved_bytes, take_turns
 from flash_attn_ext.series import dropout, exercises, naive, plots, quote, tiled
 
@@ -79,8 +80,8 @@ assert torch.allclose(safe_softmax(x), torch.softmax(x, dim=0))
 #
 # The proof takes two lines. With $m' = \max(m, x_j)$, for the numbers seen before:
 #
-# $$\sum_k e^{x_k - m'} = \sum_k e^{x_k - m}\,e^{m - m'}$$
-# $$\phantom{\sum_k e^{x_k - m'}} = l \cdot e^{m - m'}$$
+# $$\begin{aligned}
+# \sum_k e^{x_k - m'} &= \sum_k e^{x_k - m}\,e^{m - m'} \\ &= l \cdot e^{m - m'} \end{aligned}$$
 #
 # So: multiply the old sum by $e^{m - m'}$, add the newcomer, go on.
 
@@ -561,9 +562,11 @@ side_by_side(
 # %% [markdown]
 # ## Step 8: the speed ladder
 #
-# Same mathematics, four implementations, forward and backward, taking turns so that a busy machine
-# slows all of them alike. On a GPU the last rung uses tensor cores; `explain` says which kernel a
-# call takes.
+# Same mathematics, forward and backward: the textbook, **your own code** ("tiled PyTorch"),
+# PyTorch's SDPA, and our kernels. On a CPU the same C is compiled for several instruction sets, so
+# that we can climb rung by rung: portable C, then vectors of 8 numbers (AVX2), then of 16
+# (AVX-512). On a GPU the last rung uses tensor cores. All take turns, so that a busy machine slows
+# all of them alike.
 
 # %%
 dtype = torch.float16 if device == "cuda" else torch.float32
@@ -574,33 +577,49 @@ inputs = [
 gradient = torch.randn(1, heads, n, d, device=device, dtype=dtype)
 print(flash_attn_ext.explain(*inputs, is_causal=True))
 
-# The same loop as yours, with larger tiles: fewer calls from Python.
-implementations["tiled PyTorch"] = lambda q, k, v: tiled.attention(
-    q, k, v, scale=0.125, window=(-1, 0)
-)
+
+def compiled_for(isa):
+    def attend(q, k, v):
+        _C.set_isa(isa)  # as FLASH_ATTN_EXT_ISA does; the backward runs before the next turn
+        return flash_attn_ext.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return attend
+
+
+best_isa = _C.isa()
+rungs = dict(implementations)
+if device == "cpu":
+    del rungs["ours"]
+    for isa in ("generic", "avx2", "avx512"):
+        if (isa, True) in _C.isa_list():
+            rungs[f"ours, {isa}"] = compiled_for(isa)
 
 
 def both_ways(attend):
     return lambda: torch.autograd.grad(attend(*inputs), inputs, gradient)
 
 
-reference = both_ways(implementations["naive"])()
-for attend in implementations.values():  # checked before it is timed
+reference = both_ways(rungs["naive"])()
+for attend in rungs.values():  # checked before it is timed
     for result, expected in zip(both_ways(attend)(), reference):
         assert (result - expected).abs().max() < 0.02 * expected.abs().max()
 
-samples = take_turns(
-    {name: both_ways(attend) for name, attend in implementations.items()}, device=device, seconds=6
-)
-_, axes = pyplot.subplots(figsize=(7.5, 2.4))
+threads = torch.get_num_threads()
+torch.set_num_threads(1)  # a single one is disturbed least by what else runs here
+calls = {name: both_ways(attend) for name, attend in rungs.items()}
+samples = take_turns(calls, device=device, seconds=8)
+_C.set_isa(best_isa)
+torch.set_num_threads(threads)
+_, axes = pyplot.subplots(figsize=(7.5, 2.8))
 plots.ladder(axes, {name: sample.best for name, sample in samples.items()}, base="naive")
-axes.set_title(f"forward + backward, {heads} heads, N = {n}, d = {d}, causal, {dtype}")
+axes.set_title(f"forward + backward, {heads} heads, N = {n}, d = {d}, causal, {device}")
 pyplot.show()
 
 # %% [markdown]
-# Tiling alone, in Python, saves memory first of all: each tile costs a dozen calls from Python.
-# Written in C the same loop keeps its tile in the cache, and the time goes where it belongs, into
-# products.
+# Tiling in Python saves memory first of all: each tile costs a dozen calls, and each of them goes
+# over the tile again. In C the tile stays in the cache from the first product to the last. What is
+# left is arithmetic, and now it pays to be good at it: from portable C to vectors, the same loop
+# gains more than everything before.
 #
 # Further rungs need a GPU. Here is what has been recorded on one (`make bench-gpu`): the attention
 # of GPT-2 medium, forward and backward, with the shapes of the paper's table, where the paper's
@@ -614,9 +633,10 @@ for path in recorded:
     for cell in record["cells"]:
         if cell["feature"] == "gpt2" and "both" in cell:
             peers = cell["both"]["hot"]
-            times = {name: peers[name]["seconds"]["median"] for name in cell["peers"] + ["ours"]}
+            times = {name: peer["seconds"]["median"] for name, peer in peers.items()}
+            slowest_first = dict(sorted(times.items(), key=lambda item: -item[1]))
             _, axes = pyplot.subplots(figsize=(7.5, 2.2))
-            plots.ladder(axes, times, base="naive")
+            plots.ladder(axes, slowest_first, base=next(iter(slowest_first)))
             axes.set_title(f"B = {cell['batch']}, H = {cell['heads']}, N = {cell['length']}, fp16")
             pyplot.show()
         elif cell["feature"] == "plain" and (cell["head_dim"], cell["length"]) == (128, 4096):

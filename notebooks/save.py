@@ -24,7 +24,7 @@ LARGEST = 300_000  # bytes
 def save(source: Path) -> None:
     notebook = jupytext.read(source)
     notebook.metadata = {
-        "jupytext": {"formats": "ipynb,py:percent"},
+        "jupytext": {"formats": "ipynb,py:percent", "notebook_metadata_filter": "-all"},
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }

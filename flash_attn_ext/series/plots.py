@@ -385,7 +385,7 @@ def ladder(axes: Axes, seconds: Mapping[str, float], base: str) -> None:
     """How many times as fast as `base`, a bar each."""
     names = list(seconds)
     ratios = [seconds[base] / seconds[name] for name in names]
-    shades = [KINDS["softmax"] if name == base else FAST for name in names]
+    shades = [PEERS.get(name, FAST) for name in names]
     axes.barh(names, ratios, color=shades)
     for name, ratio in zip(names, ratios, strict=True):
         axes.text(
