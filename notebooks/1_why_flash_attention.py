@@ -133,7 +133,8 @@ assert megabytes["naive"][-1] > 3 * megabytes["naive"][-2]
 
 # %% [markdown]
 # Both axes are logarithmic, so a power of $N$ is a straight line. The lines climb two steps for
-# each step to the right: $N^2$.
+# each step to the right: $N^2$. Where the time climbs faster than that, $S$ has outgrown a cache:
+# then there are four times as many numbers, and each of them takes longer to fetch.
 #
 # ## Where does the time go?
 #

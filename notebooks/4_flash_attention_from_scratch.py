@@ -449,9 +449,10 @@ print(f"a tile on its own is the cut-out of the whole; {whole.float().mean().ite
 # %% [markdown]
 # ## Step 7: the same loop, three times
 #
-# You have now written what runs in production, apart from speed. The code below is **quoted live**
-# from this checkout by name: it cannot go stale. First `flash_attn_ext/series/tiled.py`, which is
-# your loop with every feature (masks, windows, dropout, grouped heads):
+# You have now written what runs in production, apart from speed. The code below is **quoted live**:
+# when this notebook runs, it looks functions up by name in the sources beside it. First
+# `flash_attn_ext/series/tiled.py`, which is your loop with every feature (masks, windows, dropout,
+# grouped heads):
 
 # %%
 source = inspect.getsource(tiled.forward)

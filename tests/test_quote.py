@@ -1,5 +1,8 @@
 """Quotations of the sources: whole, balanced, and an error where a name has vanished."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from flash_attn_ext.series import quote
@@ -85,3 +88,23 @@ def test_the_c_kernels_can_be_quoted(name):
     quoted = quote.function("cpu/forward.inl", name)
     assert f"T({name})" in quoted and quoted.endswith("\n}")
     assert quoted.count("{") == quoted.count("}")
+
+
+def quotations():
+    """(function or loop, arguments) wherever a notebook quotes."""
+    for source in sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9]_*.py")):
+        yield from re.findall(
+            r'quote\.(function|loop)\(\s*"([^"]+)",\s*(?:around=)?"([^"]+)"', source.read_text()
+        )
+
+
+@pytest.mark.parametrize(("what", "path", "name"), quotations())
+def test_what_the_notebooks_quote_is_there(what, path, name):
+    if not quote.exists(path):
+        pytest.skip(f"this version has no {path}")
+    assert name in getattr(quote, what)(path, name)
+
+
+def test_the_notebooks_quote_c_and_cuda():
+    paths = {path for _, path, _ in quotations()}
+    assert {"cpu/forward.inl", "cuda/kernels/forward_sm80.cu"} <= paths
