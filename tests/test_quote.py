@@ -98,7 +98,7 @@ def quotations():
         )
 
 
-@pytest.mark.parametrize(("what", "path", "name"), quotations())
+@pytest.mark.parametrize(("what", "path", "name"), list(quotations()))
 def test_what_the_notebooks_quote_is_there(what, path, name):
     if not quote.exists(path):
         pytest.skip(f"this version has no {path}")
