@@ -17,7 +17,8 @@ struct fa_kernel_mask {
 struct fa_kernel_params {
     int batch, heads_q, heads_k;
     int seq_q, seq_k;
-    int blocks; /* of queries (forward) or of keys (backward) for one head */
+    int blocks;      /* of queries (forward) or of keys (backward) for one head */
+    int group_heads; /* forward_sm90: heads that are worked on together */
 
     struct fa_kernel_tensor q;   /* [B, Hq, Sq, D] */
     struct fa_kernel_tensor k;   /* [B, Hk, Sk, D] */

@@ -1,0 +1,574 @@
+/* The FlashAttention forward for sm_90a, with TMA and wgmma.
+ *
+ * A block stays on its SM and takes one piece of work after the other: BLOCK_M queries of one head.
+ * Its first warpgroup moves data: one warp brings Q, one K, one V, one takes O away. Each of the
+ * others owns 64 queries; keys and values pass by, BLOCK_N at a time, from the last to the first.
+ *
+ * Three things keep the tensor cores busy while the exponentials are computed. While a warpgroup is
+ * in the softmax of one tile, its product P V of the tile before is running. The warpgroups take
+ * turns in starting products (PING_PONG), so that they are not all in the softmax at once. And the
+ * softmax itself is short: it does not look for the maximum, see softmax().
+ *
+ * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, STAGES (of
+ * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_WINDOW,
+ * FA_DROPOUT. */
+#include "panels.cuh"
+#include "ptx/copy.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/warpgroup.cuh"
+#include "scores.cuh"
+
+constexpr int CONSUMERS = BLOCK_M / 64; /* warpgroups that compute */
+constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16;
+constexpr int WIDTH = (HEAD_DIM_V + 15) / 16 * 16;
+constexpr int KEY_TILES = BLOCK_N / 8, OUT_TILES = WIDTH / 8;
+static_assert(THREADS == 128 * (CONSUMERS + 1), "and one warpgroup that moves data");
+
+/* Registers of a thread that moves data and of one that computes; at first all have the same. */
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+
+using QTile = Panels<64, HEAD_DIM>;
+using KTile = Panels<BLOCK_N, HEAD_DIM>;
+using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
+using OTile = Panels<64, HEAD_DIM_V>; /* takes the place of Q */
+
+constexpr int Q_BYTES = QTile::BYTES > OTile::BYTES ? QTile::BYTES : OTile::BYTES;
+
+struct Shared {
+    unsigned char Q[Q_BUFFERS][CONSUMERS][Q_BYTES];
+    unsigned char K[STAGES][KTile::BYTES];
+    unsigned char V[STAGES][VTile::BYTES];
+    mbarrier Q_full[Q_BUFFERS][CONSUMERS], Q_empty[Q_BUFFERS][CONSUMERS];
+    mbarrier K_full[STAGES], K_empty[STAGES];
+    mbarrier V_full[STAGES], V_empty[STAGES];
+};
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+
+/* Named barriers: one a warpgroup each. */
+enum { TURN = 1, O_READY = 4, O_FREE = 7 };
+
+struct Maps {
+    tensor_map q, k, v, out; /* boxes of 64 columns; 64 rows of q and out, BLOCK_N of k and v */
+};
+
+/* A place in a ring of buffers, and the phase of its barriers. */
+template <int COUNT> struct Ring {
+    int at = 0;
+    unsigned phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++at == COUNT) {
+            at = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+/* --- who does what: all warps go through the same work in the same order --- */
+
+struct Range {
+    int begin, end; /* of tiles of keys */
+};
+
+/* The tiles with keys that some of the queries row .. row + rows - 1 see. */
+static __device__ __forceinline__ Range visible_tiles(const fa_kernel_params &p, int row,
+                                                      int rows) {
+    int begin = 0, end = p.seq_k;
+    if (FA_WINDOW) {
+        begin = max(0, row + p.window_begin) / BLOCK_N;
+        end = max(0, min(end, min(row + rows, p.seq_q) - 1 + p.window_end));
+    }
+    end = (end + BLOCK_N - 1) / BLOCK_N;
+    return {min(begin, end), end};
+}
+
+struct Work {
+    int b, h, hk, row; /* row: the first query */
+    Range tiles;
+};
+
+/* Work is laid out in groups of p.group_heads heads, whose keys and values stay in the L2 cache
+ * while all their queries are worked on, the last queries first: under a causal mask they have the
+ * most keys. Of each gridDim.x pieces a block takes one, from the front and from the back in turns,
+ * so that nobody gets the longest piece each time. */
+struct Schedule {
+    int round = 0;
+
+    __device__ __forceinline__ bool next(const fa_kernel_params &p, Work &work) {
+        const int heads = p.batch * p.heads_q, count = heads * p.blocks;
+        for (;; round++) {
+            const int first = round * gridDim.x;
+            if (first >= count)
+                return false;
+            const int piece = first + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+            if (piece >= count)
+                continue;
+            const int group = piece / (p.group_heads * p.blocks) * p.group_heads;
+            const int group_heads = min(p.group_heads, heads - group);
+            const int in_group = piece - group * p.blocks;
+            const int head = group + in_group % group_heads;
+            work.row = (p.blocks - 1 - in_group / group_heads) * BLOCK_M;
+            work.b = head / p.heads_q;
+            work.h = head % p.heads_q;
+            work.hk = work.h / (p.heads_q / p.heads_k);
+            work.tiles = visible_tiles(p, work.row, BLOCK_M);
+            round++;
+            return true;
+        }
+    }
+};
+
+/* --- the warpgroup that moves data; one thread of each warp --- */
+
+static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const tensor_map *map,
+                                               Shared &shared) {
+    Schedule schedule;
+    Work work;
+    Ring<Q_BUFFERS> ring;
+    for (; schedule.next(p, work); ring.advance())
+        for (int w = 0; w < CONSUMERS; w++) {
+            mbarrier_wait(&shared.Q_empty[ring.at][w], ring.phase ^ 1);
+            QTile{shared_address(shared.Q[ring.at][w])}.load(map, &shared.Q_full[ring.at][w],
+                                                             work.row + 64 * w, work.h, work.b);
+        }
+}
+
+/* K or V. A head or batch entry that is broadcast has a stride of 0 and is there once. */
+template <class Tile, int BYTES>
+static __device__ __forceinline__ void
+bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const tensor_map *map,
+            unsigned char (&buffers)[STAGES][BYTES], mbarrier (&full)[STAGES],
+            mbarrier (&empty)[STAGES]) {
+    Schedule schedule;
+    Work work;
+    Ring<STAGES> ring;
+    while (schedule.next(p, work)) {
+        const int h = tensor.stride_head ? work.hk : 0, b = tensor.stride_batch ? work.b : 0;
+        for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, ring.advance()) {
+            mbarrier_wait(&empty[ring.at], ring.phase ^ 1);
+            Tile{shared_address(buffers[ring.at])}.load(map, &full[ring.at], tile * BLOCK_N, h, b);
+        }
+    }
+}
+
+static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const tensor_map *map,
+                                              Shared &shared) {
+    Schedule schedule;
+    Work work;
+    Ring<Q_BUFFERS> ring;
+    for (; schedule.next(p, work); ring.advance())
+        for (int w = 0; w < CONSUMERS; w++) {
+            barrier_sync(O_READY + w, 128 + 32);
+            if (threadIdx.x % 32 == 0) {
+                OTile{shared_address(shared.Q[ring.at][w])}.store(map, work.row + 64 * w, work.h,
+                                                                  work.b);
+                tma_store_commit();
+                tma_store_wait_read();
+                mbarrier_arrive(&shared.Q_empty[ring.at][w]);
+            }
+            __syncwarp();
+        }
+}
+
+/* --- a warpgroup that computes --- */
+
+using Scores = float[KEY_TILES][4]; /* then probabilities, see mma_16x8x16 */
+using Probabilities = unsigned[KEY_TILES / 2][4]; /* as operands A */
+using Output = float[OUT_TILES][4];
+
+/* S = Q K^T */
+static __device__ __forceinline__ void multiply_scores(Scores &S, QTile Q, KTile K) {
+    wgmma_fence();
+    Wgmma<BLOCK_N>::multiply(S, Q.sum_over_cols(0), K.sum_over_cols(0));
+#pragma unroll
+    for (int d = 16; d < DEPTH; d += 16)
+        Wgmma<BLOCK_N>::multiply_add(S, Q.sum_over_cols(d), K.sum_over_cols(d));
+    wgmma_commit();
+}
+
+/* O += P V */
+static __device__ __forceinline__ void multiply_values(Output &O, const Probabilities &P,
+                                                       VTile V) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < KEY_TILES / 2; k++)
+        Wgmma<WIDTH>::multiply_add(O, P[k], V.sum_over_rows(16 * k));
+    wgmma_commit();
+}
+
+/* S = Q K^T for this warp alone, when the scores are wanted a second time. */
+static __device__ __forceinline__ void recompute_scores(Scores &S, QTile Q, KTile K) {
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+            S[n][x] = 0;
+#pragma unroll 1
+    for (int d = 0; d < DEPTH; d += 16) {
+        unsigned a[4], b[4];
+        ldmatrix_x4(a, Q.chunk(first_row + lane % 16, d + lane / 16 * 8));
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n += 2) {
+            ldmatrix_x4(b, K.chunk(8 * n + lane / 16 * 8 + lane % 8, d + lane / 8 % 2 * 8));
+            mma_16x8x16(S[n], a, b[0], b[1]);
+            mma_16x8x16(S[n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+/* What a thread knows of its rows, g and g + 8 of its warp's 16. */
+struct Rows {
+    float m[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}; /* P = exp2(S - m), in units of log2 */
+    float l[2] = {0, 0};                                 /* sum of P over this thread's columns */
+    float rescale[2];                                    /* what O has to be multiplied by */
+    bool unseen = true; /* some row of the warp has not seen a key, and so has no m */
+    bool wary = false;  /* a score has been so far above m that P was infinite */
+};
+
+/* With a bias, scores are in natural units: the lowest finite number times log2(e) would not be
+ * finite. */
+constexpr bool NATURAL_UNITS = FA_MASK >= 2;
+
+/* P may grow to this before m is raised. Far from what fp16 can hold, and with relative errors as
+ * for P <= 1. */
+constexpr float SUM_LIMIT = 4096, SLACK = NATURAL_UNITS ? 5.5f : 8;
+
+/* S = exp2(c S - m) */
+static __device__ __forceinline__ void exponentials(Scores &S, float c, const float (&m)[2],
+                                                    float (&sum)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        sum[r] = 0;
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int x = 2 * r; x < 2 * r + 2; x++) {
+                S[n][x] = exp2_approx(NATURAL_UNITS ? (S[n][x] - m[r]) * LOG2E
+                                                    : fmaf(S[n][x], c, -m[r]));
+                sum[r] += S[n][x];
+            }
+    }
+}
+
+static __device__ __forceinline__ float max_of_row(const Scores &S, int r) {
+    float most = NEGATIVE_INFINITY;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+        most = fmaxf(most, fmaxf(S[n][2 * r], S[n][2 * r + 1]));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+    return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+}
+
+/* The scale, the mask, and what lies outside of the window or past the last key. */
+static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, Scores &S,
+                                                     const Work &work, int i, int key, bool cut) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const long long mask = mask_row(p.mask, work.b, work.h, min(i + 8 * r, p.seq_q - 1));
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int x = 2 * r; x < 2 * r + 2; x++) {
+                const int j = min(key + 8 * n + 2 * t + x % 2, p.seq_k - 1);
+                S[n][x] *= NATURAL_UNITS ? p.scale : p.scale_log2e;
+                if (FA_MASK)
+                    S[n][x] += mask_value(p, mask, j) * (NATURAL_UNITS ? LN2 : 1);
+            }
+    }
+    if (!cut)
+        return;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int first = i + 8 * r + p.window_begin - key - 2 * t;
+        const int end = min(p.seq_k, FA_WINDOW ? i + 8 * r + p.window_end : p.seq_k) - key - 2 * t;
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                if (8 * n + x >= end || (FA_WINDOW && 8 * n + x < first))
+                    S[n][2 * r + x] = NEGATIVE_INFINITY;
+            }
+    }
+}
+
+/* Makes probabilities of S; returns whether O has to be multiplied by rows.rescale.
+ *
+ * Any m will do in P = exp2(S - m): it cancels when O is divided by l. The maximum is only the safe
+ * choice. So m stays what it was, a maximum of earlier keys, and all P are computed with it at
+ * once; their sum, which is needed anyway, tells whether they have grown too much. If they have,
+ * a power of two is taken out of them; if they have become infinite, they are computed again.
+ * The maximum is looked for where a row has seen no key yet, where scores are hidden (such tiles
+ * are few), and where the shortcut has failed badly. */
+static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores &S, Rows &rows,
+                                               const Work &work, int warp_row, int key, QTile Q,
+                                               KTile K) {
+    const bool cut = is_cut(p, warp_row, 16, key, BLOCK_N);
+    bool look = FA_MASK || cut || rows.unseen || rows.wary, rescaled = false;
+    float sum[2];
+    if (!look) {
+        exponentials(S, p.scale_log2e, rows.m, sum);
+        if (__any_sync(~0u, !(sum[0] + sum[1] <= SUM_LIMIT))) { /* a NaN comes here, too */
+            if (__any_sync(~0u, !(sum[0] + sum[1] < POSITIVE_INFINITY))) {
+                recompute_scores(S, Q, K);
+                look = rows.wary = true;
+            } else {
+                rescaled = true;
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int exponent = (__float_as_int(max_of_row(S, r)) >> 23) - 127;
+                    const int shift = max(0, min(exponent, 126));
+                    rows.rescale[r] = __int_as_float((127 - shift) << 23);
+                    rows.m[r] += shift;
+                    rows.l[r] *= rows.rescale[r];
+                    sum[r] *= rows.rescale[r];
+#pragma unroll
+                    for (int n = 0; n < KEY_TILES; n++) {
+                        S[n][2 * r] *= rows.rescale[r];
+                        S[n][2 * r + 1] *= rows.rescale[r];
+                    }
+                }
+            }
+        }
+    }
+    if (look) {
+        finish_scores(p, S, work, warp_row + threadIdx.x % 32 / 4, key, cut);
+        const float most[2] = {max_of_row(S, 0), max_of_row(S, 1)};
+        rescaled = __any_sync(~0u, most[0] > rows.m[0] + SLACK || most[1] > rows.m[1] + SLACK);
+        float origin[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float m = rescaled ? fmaxf(rows.m[r], most[r]) : rows.m[r];
+            origin[r] = m == NEGATIVE_INFINITY ? 0 : m;
+            rows.rescale[r] = exp2_approx((rows.m[r] - origin[r]) * (NATURAL_UNITS ? LOG2E : 1));
+            if (rescaled)
+                rows.l[r] *= rows.rescale[r];
+            rows.m[r] = m;
+        }
+        rows.unseen =
+            __any_sync(~0u, fminf(rows.m[0], rows.m[1]) == NEGATIVE_INFINITY);
+        exponentials(S, 1, origin, sum);
+    }
+    rows.l[0] += sum[0];
+    rows.l[1] += sum[1];
+    return rescaled;
+}
+
+static __device__ __forceinline__ void drop(const fa_kernel_params &p, const Dropout &dropout,
+                                            Scores &P, int warp_row, int key) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n += 2) {
+        unsigned word[4];
+        dropout.draw(word, warp_row, key + 8 * n, g, t);
+#pragma unroll
+        for (int x = 0; x < 8; x++)
+            if (!Dropout::keeps(p, word, x % 4 / 2 * 4 + x / 4 * 2 + x % 2))
+                P[n + x / 4][x % 4] = 0;
+    }
+}
+
+static __device__ __forceinline__ void round_probabilities(Probabilities &P, const Scores &S) {
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++) {
+        P[n / 2][n % 2 * 2] = pack(S[n][0], S[n][1]);
+        P[n / 2][n % 2 * 2 + 1] = pack(S[n][2], S[n][3]);
+    }
+}
+
+static __device__ __forceinline__ void rescale_output(Output &O, const float (&rescale)[2]) {
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n++)
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+            O[n][x] *= rescale[x / 2];
+}
+
+/* O / l to shared memory, the lse to global. */
+static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, const Output &O,
+                                                     const Rows &rows, const Work &work,
+                                                     int warp_row, OTile out) {
+    const int lane = threadIdx.x % 32;
+    float f[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float sum = rows.l[r];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        f[r] = sum == 0 ? 0 : (FA_DROPOUT ? p.dropout_scale : 1) / sum;
+        const int i = warp_row + lane / 4 + 8 * r;
+        if (lane % 4 == 0 && i < p.seq_q)
+            p.lse[((long long)work.b * p.heads_q + work.h) * p.seq_q + i] =
+                rows.m[r] * (NATURAL_UNITS ? 1 : LN2) + logf(sum);
+    }
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n += 2)
+        stmatrix_x4(out.chunk(threadIdx.x % 128 / 32 * 16 + lane % 16, 8 * n + lane / 16 * 8),
+                    pack(O[n][0] * f[0], O[n][1] * f[0]), pack(O[n][2] * f[1], O[n][3] * f[1]),
+                    pack(O[n + 1][0] * f[0], O[n + 1][1] * f[0]),
+                    pack(O[n + 1][2] * f[1], O[n + 1][3] * f[1]));
+}
+
+/* This warp is done with a buffer. */
+static __device__ __forceinline__ void release(mbarrier *empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        mbarrier_arrive(empty);
+}
+
+static __device__ __forceinline__ void begin_turn(int w) {
+    if (PING_PONG)
+        barrier_sync(TURN + w, 256);
+}
+static __device__ __forceinline__ void end_turn(int w) {
+    if (PING_PONG)
+        barrier_arrive(TURN + (w == CONSUMERS - 1 ? 0 : w + 1), 256);
+}
+
+/* Warpgroup w of those that compute. All of them go past all tiles of a piece of work and take a
+ * turn for each, so that turns and buffers stay in step, but a tile that its own queries do not see
+ * is passed by. */
+static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared &shared, int w) {
+    Schedule schedule;
+    Work work;
+    Ring<Q_BUFFERS> q;
+    Ring<STAGES> k, v;
+    const int warp_in_group = uniform(threadIdx.x / 32) % 4;
+    if (w == 0)
+        end_turn(CONSUMERS - 1);
+
+    for (; schedule.next(p, work); q.advance()) {
+        const int row = work.row + 64 * w, warp_row = row + 16 * warp_in_group;
+        Range own = work.tiles;
+        if (row >= p.seq_q)
+            own.end = own.begin;
+        else if (FA_WINDOW)
+            own = visible_tiles(p, row, 64);
+        const auto pass_by = [&] {
+            begin_turn(w);
+            end_turn(w);
+            mbarrier_wait(&shared.K_full[k.at], k.phase);
+            release(&shared.K_empty[k.at]);
+            k.advance();
+            mbarrier_wait(&shared.V_full[v.at], v.phase);
+            release(&shared.V_empty[v.at]);
+            v.advance();
+        };
+        const QTile Q{shared_address(shared.Q[q.at][w])};
+        const auto K = [&] { return KTile{shared_address(shared.K[k.at])}; };
+        const auto V = [&] { return VTile{shared_address(shared.V[v.at])}; };
+        const Dropout dropout(p, work.b, work.h);
+
+        Scores S;
+        Probabilities P;
+        Output O;
+        Rows rows;
+#pragma unroll
+        for (int n = 0; n < OUT_TILES; n++)
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                O[n][x] = 0;
+
+        for (int tile = work.tiles.end; tile > own.end; tile--)
+            pass_by();
+        mbarrier_wait(&shared.Q_full[q.at][w], q.phase);
+        if (own.begin < own.end) {
+            int tile = own.end - 1;
+            mbarrier_wait(&shared.K_full[k.at], k.phase);
+            begin_turn(w);
+            multiply_scores(S, Q, K());
+            end_turn(w);
+            wgmma_wait<0>();
+            pin(S);
+            softmax(p, S, rows, work, warp_row, tile * BLOCK_N, Q, K());
+            release(&shared.K_empty[k.at]);
+            k.advance();
+            if (FA_DROPOUT)
+                drop(p, dropout, S, warp_row, tile * BLOCK_N);
+            round_probabilities(P, S);
+
+            while (--tile >= own.begin) {
+                mbarrier_wait(&shared.K_full[k.at], k.phase);
+                begin_turn(w);
+                multiply_scores(S, Q, K());
+                mbarrier_wait(&shared.V_full[v.at], v.phase);
+                multiply_values(O, P, V());
+                end_turn(w);
+
+                wgmma_wait<1>(); /* S */
+                pin(S);
+                const bool rescaled =
+                    softmax(p, S, rows, work, warp_row, tile * BLOCK_N, Q, K());
+                release(&shared.K_empty[k.at]);
+                k.advance();
+                if (FA_DROPOUT)
+                    drop(p, dropout, S, warp_row, tile * BLOCK_N);
+
+                wgmma_wait<0>(); /* O */
+                pin(O);
+                pin(S);
+                release(&shared.V_empty[v.at]);
+                v.advance();
+                if (rescaled)
+                    rescale_output(O, rows.rescale);
+                round_probabilities(P, S);
+            }
+            mbarrier_wait(&shared.V_full[v.at], v.phase);
+            multiply_values(O, P, V());
+            wgmma_wait<0>();
+            pin(O);
+            release(&shared.V_empty[v.at]);
+            v.advance();
+        }
+        for (int tile = own.begin; tile > work.tiles.begin; tile--)
+            pass_by();
+
+        barrier_sync(O_FREE + w, 128); /* all of the warpgroup are done with Q */
+        finish_output(p, O, rows, work, warp_row, OTile{Q.address});
+        fence_proxy_async();
+        barrier_arrive(O_READY + w, 128 + 32);
+    }
+    if (w == 0) /* takes the turn that nobody wants */
+        begin_turn(w);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    fa_forward_sm90(const __grid_constant__ fa_kernel_params p, const __grid_constant__ Maps maps) {
+    Shared &shared = *(Shared *)shared_memory;
+    const int warp = uniform(threadIdx.x / 32);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Q_BUFFERS; i++)
+            for (int w = 0; w < CONSUMERS; w++) {
+                mbarrier_init(&shared.Q_full[i][w], 1);
+                mbarrier_init(&shared.Q_empty[i][w], 1);
+            }
+        for (int i = 0; i < STAGES; i++) {
+            mbarrier_init(&shared.K_full[i], 1);
+            mbarrier_init(&shared.V_full[i], 1);
+            mbarrier_init(&shared.K_empty[i], 4 * CONSUMERS); /* each warp releases it */
+            mbarrier_init(&shared.V_empty[i], 4 * CONSUMERS);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warp < 4) {
+        if (CONSUMERS > 1)
+            registers_decrease<PRODUCER_REGISTERS>();
+        const bool first = threadIdx.x % 32 == 0;
+        if (warp == 0 && first)
+            bring_Q(p, &maps.q, shared);
+        if (warp == 1 && first)
+            bring_tiles<KTile>(p, p.k, &maps.k, shared.K, shared.K_full, shared.K_empty);
+        if (warp == 2 && first)
+            bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty);
+        if (warp == 3)
+            take_O(p, &maps.out, shared);
+    } else {
+        if (CONSUMERS > 1)
+            registers_increase<CONSUMER_REGISTERS>();
+        compute(p, shared, warp / 4 - 1);
+    }
+}
