@@ -2,6 +2,7 @@
  *
  *     launch.c     the entry points: fill in a struct fa_kernel_params and launch
  *     variants.c   which kernels a call takes, compiled for what, with which tiles
+ *     forward_sm90.c  ... for the forward of sm_90a, and its tensor maps
  *     functions.c  a variant's function on a device, found in memory or loaded
  *     cache.c      a variant's machine code, from disk or from the compiler
  *     compiler.c   NVRTC: embedded source -> machine code
@@ -27,7 +28,13 @@ void fa_cuda_warn(const char *format, ...) __attribute__((format(printf, 1, 2)))
 
 /* --- variants.c --- */
 
-enum fa_cuda_kernel { FA_CUDA_FORWARD, FA_CUDA_PREPARE, FA_CUDA_BACKWARD, FA_CUDA_CONVERT };
+enum fa_cuda_kernel {
+    FA_CUDA_FORWARD,
+    FA_CUDA_PREPARE,
+    FA_CUDA_BACKWARD,
+    FA_CUDA_CONVERT,
+    FA_CUDA_FORWARD_SM90,
+};
 
 /* All that a kernel is compiled for: equal bytes, equal machine code. What does not concern a
  * kernel is 0 in its variants, so that it is not compiled twice. */
@@ -40,11 +47,16 @@ struct fa_cuda_variant {
     uint8_t window;    /* some scores are hidden by it */
     uint8_t dropout;   /* dropout_p > 0 */
     uint8_t mask_grad; /* dmask is wanted */
+
+    /* forward_sm90: buffers of K and V, and of Q; whether warpgroups take turns */
+    uint8_t stages, q_buffers;
+    uint16_t ping_pong;
+
     uint16_t head_dim, head_dim_v;
     uint16_t block_m, block_n, threads;
     uint16_t arch; /* 90: compute capability 9.0 */
 };
-_Static_assert(sizeof(struct fa_cuda_variant) == 20, "no padding: it is compared as bytes");
+_Static_assert(sizeof(struct fa_cuda_variant) == 24, "no padding: it is compared as bytes");
 
 /* One launch of a call. */
 struct fa_cuda_step {
@@ -70,6 +82,21 @@ const char *fa_cuda_file(const struct fa_cuda_variant *v);
 const char *fa_cuda_entry(const struct fa_cuda_variant *v);
 enum { FA_CUDA_OPTIONS_BYTES = 1024 };
 void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIONS_BYTES]);
+
+/* --- forward_sm90.c --- */
+
+/* Where that kernel takes the call, makes its step of that of FA_CUDA_FORWARD and returns 1. */
+int fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step);
+
+/* The second parameter of the kernel. */
+struct fa_cuda_maps {
+    CUtensorMap q, k, v, out;
+};
+enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
+                                   struct fa_cuda_maps *maps);
+
+/* fa_kernel_params.group_heads */
+int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v);
 
 /* --- functions.c --- */
 
@@ -130,6 +157,9 @@ enum fa_status fa_cuda_driver_error(const char *what, CUresult error);
 
 /* What a device is: 90 for compute capability 9.0. */
 enum fa_status fa_cuda_arch(int device, int *arch);
+
+/* How many SMs a device has. */
+enum fa_status fa_cuda_sm_count(int device, int *count);
 
 /* Makes a context of the device current, if none is; *pushed then says that it has to be popped. */
 enum fa_status fa_cuda_enter(int device, int *pushed);

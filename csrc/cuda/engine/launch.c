@@ -57,19 +57,43 @@ static struct fa_kernel_params describe(const struct fa_params *p) {
     };
 }
 
-static enum fa_status launch(const struct fa_cuda_step *steps, int count,
-                             struct fa_kernel_params *k, int device, CUstream stream) {
+/* A block on each SM, which takes one piece of work after the other. */
+static enum fa_status launch_sm90(const struct fa_params *p, const struct fa_cuda_step *s,
+                                  CUkernel function, struct fa_kernel_params *k) {
+    struct fa_cuda_maps maps;
+    int grid;
+    enum fa_status status = fa_cuda_encode_maps(p, &s->variant, &maps);
+    if (!status)
+        status = fa_cuda_sm_count(p->device, &grid);
+    if (status)
+        return status;
+    const int pieces = s->blocks * s->heads * k->batch;
+    k->group_heads = fa_cuda_group_heads(p, &s->variant);
+    CUresult error = fa_cuda_driver()->cuLaunchKernel(
+        function, (unsigned)(pieces < grid ? pieces : grid), 1, 1, s->variant.threads, 1, 1,
+        s->shared_bytes, p->stream, (void *[]){k, &maps}, NULL);
+    return error ? fa_cuda_driver_error(fa_cuda_entry(&s->variant), error) : FA_OK;
+}
+
+static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_step *steps, int count,
+                             struct fa_kernel_params *k) {
     const struct fa_cuda_driver *cuda = fa_cuda_driver();
     for (int i = 0; i < count; i++) {
         const struct fa_cuda_step *s = &steps[i];
         CUkernel function;
-        enum fa_status status = fa_cuda_function(s, device, stream, &function);
+        enum fa_status status = fa_cuda_function(s, p->device, p->stream, &function);
         if (status)
             return status;
         k->blocks = s->blocks;
+        if (s->variant.kernel == FA_CUDA_FORWARD_SM90) {
+            status = launch_sm90(p, s, function, k);
+            if (status)
+                return status;
+            continue;
+        }
         const unsigned grid = (unsigned)s->blocks * (unsigned)s->heads * (unsigned)k->batch;
         CUresult error = cuda->cuLaunchKernel(function, grid, 1, 1, s->variant.threads, 1, 1,
-                                              s->shared_bytes, stream, (void *[]){k}, NULL);
+                                              s->shared_bytes, p->stream, (void *[]){k}, NULL);
         if (error)
             return fa_cuda_driver_error(fa_cuda_entry(&s->variant), error);
     }
@@ -87,7 +111,7 @@ static enum fa_status run(const struct fa_params *p, struct fa_kernel_params *k)
         return status;
     struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
     const int count = fa_cuda_plan(p, arch, steps);
-    status = launch(steps, count, k, p->device, p->stream);
+    status = launch(p, steps, count, k);
     fa_cuda_leave(pushed);
     return status;
 }

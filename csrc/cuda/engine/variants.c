@@ -12,6 +12,7 @@ static const struct {
     [FA_CUDA_PREPARE] = {"backward_prepare.cu", "fa_backward_prepare"},
     [FA_CUDA_BACKWARD] = {"backward_sm80.cu", "fa_backward"},
     [FA_CUDA_CONVERT] = {"backward_convert.cu", "fa_backward_convert"},
+    [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
 };
 
 const char *fa_cuda_file(const struct fa_cuda_variant *v) {
@@ -219,7 +220,8 @@ int fa_cuda_plan(const struct fa_params *p, int arch,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
     int count = 0;
     if (!is_backward(p)) {
-        steps[count++] = step(FA_CUDA_FORWARD, p, arch);
+        steps[count] = step(FA_CUDA_FORWARD, p, arch);
+        fa_cuda_forward_sm90(p, &steps[count++]);
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch);
@@ -250,6 +252,11 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DBLOCK_M=%d", v->block_m);
     ADD("-DBLOCK_N=%d", v->block_n);
     ADD("-DTHREADS=%d", v->threads);
+    if (v->kernel == FA_CUDA_FORWARD_SM90) {
+        ADD("-DSTAGES=%d", v->stages);
+        ADD("-DQ_BUFFERS=%d", v->q_buffers);
+        ADD("-DPING_PONG=%d", v->ping_pong);
+    }
 #undef ADD
     *at = 0;
 }

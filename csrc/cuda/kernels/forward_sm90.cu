@@ -49,8 +49,10 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
 /* Named barriers: one a warpgroup each. */
 enum { TURN = 1, O_READY = 4, O_FREE = 7 };
 
+/* Boxes of 64 columns; 64 rows of q and out, BLOCK_N of k and v. Heads and batch entries that are
+ * broadcast, with a stride of 0, are there once. */
 struct Maps {
-    tensor_map q, k, v, out; /* boxes of 64 columns; 64 rows of q and out, BLOCK_N of k and v */
+    tensor_map q, k, v, out;
 };
 
 /* A place in a ring of buffers, and the phase of its barriers. */
@@ -129,12 +131,13 @@ static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const 
     for (; schedule.next(p, work); ring.advance())
         for (int w = 0; w < CONSUMERS; w++) {
             mbarrier_wait(&shared.Q_empty[ring.at][w], ring.phase ^ 1);
-            QTile{shared_address(shared.Q[ring.at][w])}.load(map, &shared.Q_full[ring.at][w],
-                                                             work.row + 64 * w, work.h, work.b);
+            QTile{shared_address(shared.Q[ring.at][w])}.load(
+                map, &shared.Q_full[ring.at][w], work.row + 64 * w, p.q.stride_head ? work.h : 0,
+                p.q.stride_batch ? work.b : 0);
         }
 }
 
-/* K or V. A head or batch entry that is broadcast has a stride of 0 and is there once. */
+/* K or V. */
 template <class Tile, int BYTES>
 static __device__ __forceinline__ void
 bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const tensor_map *map,
@@ -173,7 +176,7 @@ static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const t
 
 /* --- a warpgroup that computes --- */
 
-using Scores = float[KEY_TILES][4]; /* then probabilities, see mma_16x8x16 */
+using Scores = float[KEY_TILES][4];               /* then probabilities, see mma_16x8x16 */
 using Probabilities = unsigned[KEY_TILES / 2][4]; /* as operands A */
 using Output = float[OUT_TILES][4];
 
@@ -188,8 +191,7 @@ static __device__ __forceinline__ void multiply_scores(Scores &S, QTile Q, KTile
 }
 
 /* O += P V */
-static __device__ __forceinline__ void multiply_values(Output &O, const Probabilities &P,
-                                                       VTile V) {
+static __device__ __forceinline__ void multiply_values(Output &O, const Probabilities &P, VTile V) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < KEY_TILES / 2; k++)
@@ -245,8 +247,8 @@ static __device__ __forceinline__ void exponentials(Scores &S, float c, const fl
         for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
             for (int x = 2 * r; x < 2 * r + 2; x++) {
-                S[n][x] = exp2_approx(NATURAL_UNITS ? (S[n][x] - m[r]) * LOG2E
-                                                    : fmaf(S[n][x], c, -m[r]));
+                S[n][x] =
+                    exp2_approx(NATURAL_UNITS ? (S[n][x] - m[r]) * LOG2E : fmaf(S[n][x], c, -m[r]));
                 sum[r] += S[n][x];
             }
     }
@@ -347,8 +349,7 @@ static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores
                 rows.l[r] *= rows.rescale[r];
             rows.m[r] = m;
         }
-        rows.unseen =
-            __any_sync(~0u, fminf(rows.m[0], rows.m[1]) == NEGATIVE_INFINITY);
+        rows.unseen = __any_sync(~0u, fminf(rows.m[0], rows.m[1]) == NEGATIVE_INFINITY);
         exponentials(S, 1, origin, sum);
     }
     rows.l[0] += sum[0];
@@ -499,8 +500,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
 
                 wgmma_wait<1>(); /* S */
                 pin(S);
-                const bool rescaled =
-                    softmax(p, S, rows, work, warp_row, tile * BLOCK_N, Q, K());
+                const bool rescaled = softmax(p, S, rows, work, warp_row, tile * BLOCK_N, Q, K());
                 release(&shared.K_empty[k.at]);
                 k.advance();
                 if (FA_DROPOUT)

@@ -3,7 +3,7 @@
  * phase 1 of a new barrier returns at once, as if it lay behind. */
 #pragma once
 
-#include "copy.cuh"
+#include "ptx/copy.cuh"
 
 typedef unsigned long long mbarrier;
 

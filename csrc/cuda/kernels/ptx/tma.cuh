@@ -2,7 +2,7 @@
  * describes, to and from shared memory. */
 #pragma once
 
-#include "mbarrier.cuh"
+#include "ptx/mbarrier.cuh"
 
 /* Made by cuTensorMapEncodeTiled. */
 struct alignas(64) tensor_map {

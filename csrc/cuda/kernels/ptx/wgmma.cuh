@@ -1,8 +1,9 @@
 /* The products of a warpgroup (sm_90a): 64 rows of A, N columns of B, 16 deep, in fp32. They run
- * while the threads go on; until a wait says that they have ended, nobody may touch their registers.
+ * while the threads go on; until a wait says that they have ended, nobody may touch their
+ * registers.
  *
- * Of the 64 x N accumulator, warp w has rows 16w .. 16w + 15, and d[n] is what a thread holds of the
- * 16 x 8 accumulator n of mma_16x8x16. A in registers is laid out like A of mma_16x8x16. */
+ * Of the 64 x N accumulator, warp w has rows 16w .. 16w + 15, and d[n] is what a thread holds of
+ * the 16 x 8 accumulator n of mma_16x8x16. A in registers is laid out like A of mma_16x8x16. */
 #pragma once
 
 /* Before a product that reads registers, or accumulates in them, that other code has written. */
@@ -24,8 +25,7 @@ template <int PENDING> static __device__ __forceinline__ void wgmma_wait() {
 template <int N> static __device__ __forceinline__ void pin(float (&d)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; n++)
-        asm volatile(""
-                     : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+        asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
 }
 
 /* How an operand lies in shared memory: rows of 128 bytes, swizzled as by the copy engine, eight of
@@ -86,31 +86,27 @@ template <int N> struct Wgmma;
 #define DEFINE_WGMMA(N, in0, in1, in2, in3, in4)                                                   \
     template <> struct Wgmma<N> {                                                                  \
         /* D = A B; B has N rows. */                                                               \
-        static __device__ __forceinline__ void multiply(float (&d)[N / 8][4],                      \
-                                                        unsigned long long a,                      \
-                                                        unsigned long long b) {                    \
+        static __device__ __forceinline__ void                                                     \
+        multiply(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {               \
             asm volatile("{.reg .pred p; setp.ne.b32 p, %" #in2 ", 0;\n"                           \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES                 \
-                         " {" NAMES_##N "}, %" #in0 ", %" #in1 ", p, 1, 1, 0, 0;}"                 \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
+                         "}, %" #in0 ", %" #in1 ", p, 1, 1, 0, 0;}"                                \
                          : D_##N##_COLS("=f")                                                      \
                          : "l"(a), "l"(b), "n"(0));                                                \
         }                                                                                          \
         /* D += A B; B has N rows. */                                                              \
-        static __device__ __forceinline__ void multiply_add(float (&d)[N / 8][4],                  \
-                                                            unsigned long long a,                  \
-                                                            unsigned long long b) {                \
-            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES                 \
-                         " {" NAMES_##N "}, %" #in0 ", %" #in1 ", 1, 1, 1, 0, 0;"                  \
+        static __device__ __forceinline__ void                                                     \
+        multiply_add(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {           \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
+                         "}, %" #in0 ", %" #in1 ", 1, 1, 1, 0, 0;"                                 \
                          : D_##N##_COLS("+f")                                                      \
                          : "l"(a), "l"(b));                                                        \
         }                                                                                          \
         /* D += A B; B has N columns. */                                                           \
-        static __device__ __forceinline__ void multiply_add(float (&d)[N / 8][4],                  \
-                                                            const unsigned (&a)[4],                \
-                                                            unsigned long long b) {                \
-            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES                 \
-                         " {" NAMES_##N "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4     \
-                         ", 1, 1, 1, 1;"                                                           \
+        static __device__ __forceinline__ void                                                     \
+        multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {         \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
+                         "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4 ", 1, 1, 1, 1;"    \
                          : D_##N##_COLS("+f")                                                      \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
         }                                                                                          \
