@@ -41,13 +41,14 @@ struct Shared {
     unsigned char K[STAGES][KTile::BYTES];
     unsigned char V[STAGES][VTile::BYTES];
     mbarrier Q_full[Q_BUFFERS][CONSUMERS], Q_empty[Q_BUFFERS][CONSUMERS];
+    mbarrier O_full[Q_BUFFERS][CONSUMERS];
     mbarrier K_full[STAGES], K_empty[STAGES];
     mbarrier V_full[STAGES], V_empty[STAGES];
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 /* Named barriers: one a warpgroup each. */
-enum { TURN = 1, O_READY = 4, O_FREE = 7 };
+enum { TURN = 1, Q_DONE = 4 };
 
 /* Boxes of 64 columns; 64 rows of q and out, BLOCK_N of k and v. Heads and batch entries that are
  * broadcast, with a stride of 0, are there once. */
@@ -86,8 +87,12 @@ static __device__ __forceinline__ Range visible_tiles(const fa_kernel_params &p,
 }
 
 struct Work {
-    int b, h, hk, row; /* row: the first query */
+    int head; /* of queries, counted through the batch */
+    int row;  /* the first query */
     Range tiles;
+
+    __device__ __forceinline__ int b(const fa_kernel_params &p) const { return head / p.heads_q; }
+    __device__ __forceinline__ int h(const fa_kernel_params &p) const { return head % p.heads_q; }
 };
 
 /* Work is laid out in groups of p.group_heads heads, whose keys and values stay in the L2 cache
@@ -109,11 +114,8 @@ struct Schedule {
             const int group = piece / (p.group_heads * p.blocks) * p.group_heads;
             const int group_heads = min(p.group_heads, heads - group);
             const int in_group = piece - group * p.blocks;
-            const int head = group + in_group % group_heads;
+            work.head = group + in_group % group_heads;
             work.row = (p.blocks - 1 - in_group / group_heads) * BLOCK_M;
-            work.b = head / p.heads_q;
-            work.h = head % p.heads_q;
-            work.hk = work.h / (p.heads_q / p.heads_k);
             work.tiles = visible_tiles(p, work.row, BLOCK_M);
             round++;
             return true;
@@ -132,8 +134,8 @@ static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const 
         for (int w = 0; w < CONSUMERS; w++) {
             mbarrier_wait(&shared.Q_empty[ring.at][w], ring.phase ^ 1);
             QTile{shared_address(shared.Q[ring.at][w])}.load(
-                map, &shared.Q_full[ring.at][w], work.row + 64 * w, p.q.stride_head ? work.h : 0,
-                p.q.stride_batch ? work.b : 0);
+                map, &shared.Q_full[ring.at][w], work.row + 64 * w, p.q.stride_head ? work.h(p) : 0,
+                p.q.stride_batch ? work.b(p) : 0);
         }
 }
 
@@ -147,7 +149,8 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
     Work work;
     Ring<STAGES> ring;
     while (schedule.next(p, work)) {
-        const int h = tensor.stride_head ? work.hk : 0, b = tensor.stride_batch ? work.b : 0;
+        const int h = tensor.stride_head ? work.h(p) / (p.heads_q / p.heads_k) : 0;
+        const int b = tensor.stride_batch ? work.b(p) : 0;
         for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, ring.advance()) {
             mbarrier_wait(&empty[ring.at], ring.phase ^ 1);
             Tile{shared_address(buffers[ring.at])}.load(map, &full[ring.at], tile * BLOCK_N, h, b);
@@ -162,15 +165,12 @@ static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const t
     Ring<Q_BUFFERS> ring;
     for (; schedule.next(p, work); ring.advance())
         for (int w = 0; w < CONSUMERS; w++) {
-            barrier_sync(O_READY + w, 128 + 32);
-            if (threadIdx.x % 32 == 0) {
-                OTile{shared_address(shared.Q[ring.at][w])}.store(map, work.row + 64 * w, work.h,
-                                                                  work.b);
-                tma_store_commit();
-                tma_store_wait_read();
-                mbarrier_arrive(&shared.Q_empty[ring.at][w]);
-            }
-            __syncwarp();
+            mbarrier_wait(&shared.O_full[ring.at][w], ring.phase);
+            OTile{shared_address(shared.Q[ring.at][w])}.store(map, work.row + 64 * w, work.h(p),
+                                                              work.b(p));
+            tma_store_commit();
+            tma_store_wait_read();
+            mbarrier_arrive(&shared.Q_empty[ring.at][w]);
         }
 }
 
@@ -200,8 +200,9 @@ static __device__ __forceinline__ void multiply_values(Output &O, const Probabil
 }
 
 /* S = Q K^T for this warp alone, when the scores are wanted a second time. */
-static __device__ __forceinline__ void recompute_scores(Scores &S, QTile Q, KTile K) {
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16;
+static __device__ __forceinline__ void recompute_scores(Scores &S, QTile Q, KTile K,
+                                                        int first_row) {
+    const int lane = lane_anew();
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
@@ -211,9 +212,10 @@ static __device__ __forceinline__ void recompute_scores(Scores &S, QTile Q, KTil
     for (int d = 0; d < DEPTH; d += 16) {
         unsigned a[4], b[4];
         ldmatrix_x4(a, Q.chunk(first_row + lane % 16, d + lane / 16 * 8));
+        const unsigned keys = K.chunk(lane / 16 * 8 + lane % 8, d + lane / 8 % 2 * 8);
 #pragma unroll
         for (int n = 0; n < KEY_TILES; n += 2) {
-            ldmatrix_x4(b, K.chunk(8 * n + lane / 16 * 8 + lane % 8, d + lane / 8 % 2 * 8));
+            ldmatrix_x4(b, keys + 8 * n * 128);
             mma_16x8x16(S[n], a, b[0], b[1]);
             mma_16x8x16(S[n + 1], a, b[2], b[3]);
         }
@@ -263,22 +265,43 @@ static __device__ __forceinline__ float max_of_row(const Scores &S, int r) {
     return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
 }
 
-/* The scale, the mask, and what lies outside of the window or past the last key. */
+/* Of a bias or a bool mask: what is added to a score. */
+static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, long long at) {
+#if FA_MASK == 1
+    return ((const unsigned char *)p.mask.data)[at] ? 0 : NEGATIVE_INFINITY;
+#elif FA_MASK == 2
+    return to_float(((const elem *)p.mask.data)[at]);
+#else
+    return ((const float *)p.mask.data)[at];
+#endif
+}
+
+/* The scale, the mask, and what lies outside of the window or past the last key. i is this thread's
+ * first row. */
 static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, Scores &S,
                                                      const Work &work, int i, int key, bool cut) {
     const int t = threadIdx.x % 4;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const long long mask = mask_row(p.mask, work.b, work.h, min(i + 8 * r, p.seq_q - 1));
+    for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
+        for (int x = 0; x < 4; x++)
+            S[n][x] *= NATURAL_UNITS ? p.scale : p.scale_log2e;
+    if (FA_MASK) {
+        long long at[2];
 #pragma unroll
-            for (int x = 2 * r; x < 2 * r + 2; x++) {
-                const int j = min(key + 8 * n + 2 * t + x % 2, p.seq_k - 1);
-                S[n][x] *= NATURAL_UNITS ? p.scale : p.scale_log2e;
-                if (FA_MASK)
-                    S[n][x] += mask_value(p, mask, j) * (NATURAL_UNITS ? LN2 : 1);
-            }
+        for (int r = 0; r < 2; r++)
+            at[r] = mask_row(p.mask, work.b(p), work.h(p), min(i + 8 * r, p.seq_q - 1)) +
+                    (key + 2 * t) * p.mask.stride_col;
+        const int end = p.seq_k - key - 2 * t;
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                if (8 * n + x % 2 < end)
+                    S[n][x] += mask_value(p, at[x / 2] + (8 * n + x % 2) * p.mask.stride_col);
+            if (n % (WIDTH > 128 ? 2 : 4) == 1) /* there are no registers to load more at once */
+                asm volatile("" ::: "memory");
+        }
     }
     if (!cut)
         return;
@@ -314,7 +337,7 @@ static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores
         exponentials(S, p.scale_log2e, rows.m, sum);
         if (__any_sync(~0u, !(sum[0] + sum[1] <= SUM_LIMIT))) { /* a NaN comes here, too */
             if (__any_sync(~0u, !(sum[0] + sum[1] < POSITIVE_INFINITY))) {
-                recompute_scores(S, Q, K);
+                recompute_scores(S, Q, K, (warp_row - work.row) % 64);
                 look = rows.wary = true;
             } else {
                 rescaled = true;
@@ -391,7 +414,7 @@ static __device__ __forceinline__ void rescale_output(Output &O, const float (&r
 static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, const Output &O,
                                                      const Rows &rows, const Work &work,
                                                      int warp_row, OTile out) {
-    const int lane = threadIdx.x % 32;
+    const int lane = lane_anew();
     float f[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -401,22 +424,22 @@ static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, 
         f[r] = sum == 0 ? 0 : (FA_DROPOUT ? p.dropout_scale : 1) / sum;
         const int i = warp_row + lane / 4 + 8 * r;
         if (lane % 4 == 0 && i < p.seq_q)
-            p.lse[((long long)work.b * p.heads_q + work.h) * p.seq_q + i] =
+            p.lse[(long long)work.head * p.seq_q + i] =
                 rows.m[r] * (NATURAL_UNITS ? 1 : LN2) + logf(sum);
     }
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2)
-        stmatrix_x4(out.chunk(threadIdx.x % 128 / 32 * 16 + lane % 16, 8 * n + lane / 16 * 8),
+        stmatrix_x4(out.chunk((warp_row - work.row) % 64 + lane % 16, 8 * n + lane / 16 * 8),
                     pack(O[n][0] * f[0], O[n][1] * f[0]), pack(O[n][2] * f[1], O[n][3] * f[1]),
                     pack(O[n + 1][0] * f[0], O[n + 1][1] * f[0]),
                     pack(O[n + 1][2] * f[1], O[n + 1][3] * f[1]));
 }
 
 /* This warp is done with a buffer. */
-static __device__ __forceinline__ void release(mbarrier *empty) {
+static __device__ __forceinline__ void release(mbarrier *b) {
     __syncwarp();
     if (threadIdx.x % 32 == 0)
-        mbarrier_arrive(empty);
+        mbarrier_arrive(b);
 }
 
 static __device__ __forceinline__ void begin_turn(int w) {
@@ -460,7 +483,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         const QTile Q{shared_address(shared.Q[q.at][w])};
         const auto K = [&] { return KTile{shared_address(shared.K[k.at])}; };
         const auto V = [&] { return VTile{shared_address(shared.V[v.at])}; };
-        const Dropout dropout(p, work.b, work.h);
+        const Dropout dropout(p, work.b(p), work.h(p));
 
         Scores S;
         Probabilities P;
@@ -525,10 +548,10 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         for (int tile = own.begin; tile > work.tiles.begin; tile--)
             pass_by();
 
-        barrier_sync(O_FREE + w, 128); /* all of the warpgroup are done with Q */
+        barrier_sync(Q_DONE + w, 128); /* by all of the warpgroup: O takes its place */
         finish_output(p, O, rows, work, warp_row, OTile{Q.address});
         fence_proxy_async();
-        barrier_arrive(O_READY + w, 128 + 32);
+        release(&shared.O_full[q.at][w]);
     }
     if (w == 0) /* takes the turn that nobody wants */
         begin_turn(w);
@@ -543,11 +566,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (int w = 0; w < CONSUMERS; w++) {
                 mbarrier_init(&shared.Q_full[i][w], 1);
                 mbarrier_init(&shared.Q_empty[i][w], 1);
+                mbarrier_init(&shared.O_full[i][w], 4);
             }
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.K_full[i], 1);
             mbarrier_init(&shared.V_full[i], 1);
-            mbarrier_init(&shared.K_empty[i], 4 * CONSUMERS); /* each warp releases it */
+            mbarrier_init(&shared.K_empty[i], 4 * CONSUMERS); /* by each warp */
             mbarrier_init(&shared.V_empty[i], 4 * CONSUMERS);
         }
         mbarrier_init_fence();
@@ -557,14 +581,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp < 4) {
         if (CONSUMERS > 1)
             registers_decrease<PRODUCER_REGISTERS>();
-        const bool first = threadIdx.x % 32 == 0;
-        if (warp == 0 && first)
+        if (threadIdx.x % 32 != 0)
+            return;
+        if (warp == 0)
             bring_Q(p, &maps.q, shared);
-        if (warp == 1 && first)
+        else if (warp == 1)
             bring_tiles<KTile>(p, p.k, &maps.k, shared.K, shared.K_full, shared.K_empty);
-        if (warp == 2 && first)
+        else if (warp == 2)
             bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty);
-        if (warp == 3)
+        else
             take_O(p, &maps.out, shared);
     } else {
         if (CONSUMERS > 1)

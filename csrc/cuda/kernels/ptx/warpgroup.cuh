@@ -17,6 +17,13 @@ static __device__ __forceinline__ void barrier_arrive(int barrier, int threads) 
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+/* threadIdx.x % 32, and nothing that depends on it is kept in registers from earlier on. */
+static __device__ __forceinline__ int lane_anew() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 /* Tells the compiler that x is the same in all threads of the warp. */
 static __device__ __forceinline__ int uniform(int x) {
     return __shfl_sync(~0u, x, 0);
