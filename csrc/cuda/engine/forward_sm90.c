@@ -15,24 +15,21 @@ static int max(int a, int b) {
  * warpgroups compute and 160 where three do. The first row that has room is taken. */
 static const struct tile {
     int max_head_dim; /* the larger of D and Dv */
-    enum {
-        ANY,
-        FULL,
-        LONG
-    } use; /* FULL: only where no score is hidden by a window, no mask, no
-              dropout; LONG: where there also are many queries */
+    /* PLAIN: no mask and no dropout, which take registers, and many queries; FULL: no window
+     * either. */
+    enum { ANY, PLAIN, FULL } calls;
     int block_m, block_n;
 } tiles[] = {
-    {64, FULL, 192, 128}, {96, LONG, 192, 96}, {128, LONG, 192, 80},
-    {128, ANY, 128, 128}, {192, ANY, 128, 96}, {256, ANY, 128, 64},
+    {64, PLAIN, 192, 128}, {96, FULL, 192, 96}, {128, FULL, 192, 80},
+    {128, ANY, 128, 128},  {192, ANY, 128, 96}, {256, ANY, 128, 64},
 };
 enum { MANY_QUERIES = 1536, STAGES = 2, SHARED_LIMIT = 227 << 10 };
 
 static const struct tile *find_tile(const struct fa_params *p, const struct fa_cuda_variant *v) {
-    const int full = !v->mask && !v->window && !v->dropout;
+    const int plain = !v->mask && !v->dropout && p->seq_q >= MANY_QUERIES;
     const struct tile *t = tiles;
-    while (max(v->head_dim, v->head_dim_v) > t->max_head_dim || (t->use != ANY && !full) ||
-           (t->use == LONG && p->seq_q < MANY_QUERIES))
+    while (max(v->head_dim, v->head_dim_v) > t->max_head_dim || (t->calls != ANY && !plain) ||
+           (t->calls == FULL && v->window))
         t++;
     return t;
 }

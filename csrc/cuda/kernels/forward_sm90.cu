@@ -279,7 +279,8 @@ static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, lo
 /* The scale, the mask, and what lies outside of the window or past the last key. i is this thread's
  * first row. */
 static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, Scores &S,
-                                                     const Work &work, int i, int key, bool cut) {
+                                                     long long mask_start, int i, int key,
+                                                     bool cut) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
@@ -290,7 +291,7 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
         long long at[2];
 #pragma unroll
         for (int r = 0; r < 2; r++)
-            at[r] = mask_row(p.mask, work.b(p), work.h(p), min(i + 8 * r, p.seq_q - 1)) +
+            at[r] = mask_start + min(i + 8 * r, p.seq_q - 1) * p.mask.stride_row +
                     (key + 2 * t) * p.mask.stride_col;
         const int end = p.seq_k - key - 2 * t;
 #pragma unroll
@@ -328,8 +329,8 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
  * The maximum is looked for where a row has seen no key yet, where scores are hidden (such tiles
  * are few), and where the shortcut has failed badly. */
 static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores &S, Rows &rows,
-                                               const Work &work, int warp_row, int key, QTile Q,
-                                               KTile K) {
+                                               const Work &work, long long mask_start,
+                                               int warp_row, int key, QTile Q, KTile K) {
     const bool cut = is_cut(p, warp_row, 16, key, BLOCK_N);
     bool look = FA_MASK || cut || rows.unseen || rows.wary, rescaled = false;
     float sum[2];
@@ -359,7 +360,7 @@ static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores
         }
     }
     if (look) {
-        finish_scores(p, S, work, warp_row + threadIdx.x % 32 / 4, key, cut);
+        finish_scores(p, S, mask_start, warp_row + threadIdx.x % 32 / 4, key, cut);
         const float most[2] = {max_of_row(S, 0), max_of_row(S, 1)};
         rescaled = __any_sync(~0u, most[0] > rows.m[0] + SLACK || most[1] > rows.m[1] + SLACK);
         float origin[2];
@@ -484,6 +485,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         const auto K = [&] { return KTile{shared_address(shared.K[k.at])}; };
         const auto V = [&] { return VTile{shared_address(shared.V[v.at])}; };
         const Dropout dropout(p, work.b(p), work.h(p));
+        const long long mask_start = mask_row(p.mask, work.b(p), work.h(p), 0);
 
         Scores S;
         Probabilities P;
@@ -506,7 +508,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             end_turn(w);
             wgmma_wait<0>();
             pin(S);
-            softmax(p, S, rows, work, warp_row, tile * BLOCK_N, Q, K());
+            softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K());
             release(&shared.K_empty[k.at]);
             k.advance();
             if (FA_DROPOUT)
@@ -523,7 +525,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
 
                 wgmma_wait<1>(); /* S */
                 pin(S);
-                const bool rescaled = softmax(p, S, rows, work, warp_row, tile * BLOCK_N, Q, K());
+                const bool rescaled = softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K());
                 release(&shared.K_empty[k.at]);
                 k.advance();
                 if (FA_DROPOUT)
