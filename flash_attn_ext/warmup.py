@@ -26,6 +26,7 @@ def standard_calls(
                 "dtype": dtype,
                 "head_dim": head_dim,
                 "head_dim_v": head_dim,
+                "seq_q": 4096,
                 "mask": None,
                 "window": False,
                 "dropout": False,
@@ -44,6 +45,8 @@ def standard_calls(
                 yield plain | features
                 yield plain | features | {"backward": True}
             yield plain | {"mask": dtype, "backward": True, "mask_grad": True}
+            for features in ({}, {"window": True}):
+                yield plain | features | {"seq_q": 512}
 
 
 def compile_calls(

@@ -21,6 +21,8 @@ def test_standard_list(arch, capsys):
     for call, kernels in compile_calls(standard_calls(), arch):
         for kernel in kernels:
             table[describe(call, kernel)] = resources(kernel["log"])
+            # C7508 and on: ptxas ignores setmaxnreg, or makes each wgmma wait for the last.
+            assert "(C75" not in kernel["log"]
     with capsys.disabled():
         print(f"\nsm_{arch}: registers, bytes of spills, shared memory")
         for row in sorted(table):

@@ -102,7 +102,7 @@ fa_params params_of(const py::dict &call) {
     p.head_dim = get("head_dim").cast<int>();
     p.head_dim_v = get("head_dim_v").cast<int>();
     p.batch = p.heads_q = p.heads_k = 1;
-    p.seq_q = p.seq_k = 2; // so that strides of rows count
+    p.seq_q = p.seq_k = get("seq_q").cast<int>();
     p.q = p.k = {nothing, 0, 0, p.head_dim};
     p.v = p.out = {nothing, 0, 0, p.head_dim_v};
     p.window_left = FA_NO_LIMIT;
