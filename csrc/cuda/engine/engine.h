@@ -95,6 +95,9 @@ struct fa_cuda_maps {
 enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
                                    struct fa_cuda_maps *maps);
 
+/* Of the workspace, for fa_kernel_params.counter. */
+size_t fa_cuda_counter_bytes(const struct fa_cuda_variant *v);
+
 /* fa_kernel_params.group_heads */
 int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v);
 

@@ -1,5 +1,6 @@
 /* The forward for sm_90a (kernels/forward_sm90.cu): which calls it takes, its tiles and its tensor
  * maps. */
+#include "../kernels/params.h"
 #include "engine.h"
 
 static int64_t div_up(int64_t a, int64_t b) {
@@ -15,21 +16,23 @@ static int max(int a, int b) {
  * warpgroups compute and 160 where three do. The first row that has room is taken. */
 static const struct tile {
     int max_head_dim; /* the larger of D and Dv */
-    /* PLAIN: no mask and no dropout, which take registers, and many queries; FULL: no window
-     * either. */
-    enum { ANY, PLAIN, FULL } calls;
+    /* BARE: without mask and dropout, which take registers; PLAIN: of many queries, too; FULL:
+     * without a window, too. */
+    enum calls { ANY, BARE, PLAIN, FULL } calls;
     int block_m, block_n;
 } tiles[] = {
-    {64, PLAIN, 192, 128}, {96, FULL, 192, 96}, {128, FULL, 192, 80},
-    {128, ANY, 128, 128},  {192, ANY, 128, 96}, {256, ANY, 128, 64},
+    {64, PLAIN, 192, 128}, {96, FULL, 192, 96},  {128, FULL, 192, 80},
+    {128, ANY, 128, 128},  {192, BARE, 128, 96}, {256, ANY, 128, 64},
 };
 enum { MANY_QUERIES = 1536, STAGES = 2, SHARED_LIMIT = 227 << 10 };
 
 static const struct tile *find_tile(const struct fa_params *p, const struct fa_cuda_variant *v) {
-    const int plain = !v->mask && !v->dropout && p->seq_q >= MANY_QUERIES;
+    const enum calls calls = v->mask || v->dropout     ? ANY
+                             : p->seq_q < MANY_QUERIES ? BARE
+                             : v->window               ? PLAIN
+                                                       : FULL;
     const struct tile *t = tiles;
-    while (max(v->head_dim, v->head_dim_v) > t->max_head_dim || (t->calls != ANY && !plain) ||
-           (t->calls == FULL && v->window))
+    while (t->max_head_dim < max(v->head_dim, v->head_dim_v) || t->calls > calls)
         t++;
     return t;
 }
@@ -41,11 +44,16 @@ static int panels_bytes(int rows, int cols) {
 
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
-    enum { BARRIERS = 256 };
+    enum { BARRIERS = 512 };
     return v->q_buffers * panels_bytes(v->block_m, max(v->head_dim, v->head_dim_v)) +
            v->stages *
                (panels_bytes(v->block_n, v->head_dim) + panels_bytes(v->block_n, v->head_dim_v)) +
            BARRIERS;
+}
+
+size_t fa_cuda_counter_bytes(const struct fa_cuda_variant *v) {
+    /* Without a window all pieces of work are of one size. */
+    return v->kernel == FA_CUDA_FORWARD_SM90 && v->window ? sizeof(struct fa_kernel_counter) : 0;
 }
 
 /* A tensor map has 16-byte aligned strides of less than 2^40 bytes. */

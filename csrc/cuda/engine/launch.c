@@ -1,5 +1,7 @@
 /* The entry points: describes a call to the kernels and launches them on the caller's stream. */
+#include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/random.h>
 
 #include "../../dropout.h"
 #include "../kernels/params.h"
@@ -57,6 +59,17 @@ static struct fa_kernel_params describe(const struct fa_params *p) {
     };
 }
 
+/* Even numbers from a random one on: no other launch has it, and no memory by chance. */
+static uint64_t launch_number(void) {
+    static _Atomic uint64_t last;
+    if (!atomic_load(&last)) {
+        uint64_t random = 0, none = 0;
+        (void)!getrandom(&random, sizeof random, 0);
+        atomic_compare_exchange_strong(&last, &none, random & ~(uint64_t)1);
+    }
+    return atomic_fetch_add(&last, 2) + 2;
+}
+
 /* A block on each SM, which takes one piece of work after the other. */
 static enum fa_status launch_sm90(const struct fa_params *p, const struct fa_cuda_step *s,
                                   CUkernel function, struct fa_kernel_params *k) {
@@ -69,6 +82,10 @@ static enum fa_status launch_sm90(const struct fa_params *p, const struct fa_cud
         return status;
     const int pieces = s->blocks * s->heads * k->batch;
     k->group_heads = fa_cuda_group_heads(p, &s->variant);
+    if (fa_cuda_counter_bytes(&s->variant)) {
+        k->counter = p->workspace;
+        k->launch = launch_number();
+    }
     CUresult error = fa_cuda_driver()->cuLaunchKernel(
         function, (unsigned)(pieces < grid ? pieces : grid), 1, 1, s->variant.threads, 1, 1,
         s->shared_bytes, p->stream, (void *[]){k, &maps}, NULL);
@@ -117,11 +134,17 @@ static enum fa_status run(const struct fa_params *p, struct fa_kernel_params *k)
 }
 
 size_t fa_cuda_forward_workspace(const struct fa_params *p) {
-    (void)p;
-    return 0;
+    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
+    int arch;
+    if (fa_cuda_arch(p->device, &arch) || fa_cuda_check(p, arch))
+        return 0; /* as the forward will tell */
+    fa_cuda_plan(p, arch, steps);
+    return fa_cuda_counter_bytes(&steps[0].variant);
 }
 
 enum fa_status fa_cuda_forward(const struct fa_params *p) {
+    if (p->workspace_bytes < fa_cuda_forward_workspace(p))
+        return fa_cuda_fail(FA_INVALID, "workspace_bytes: too small");
     struct fa_kernel_params k = describe(p);
     return run(p, &k);
 }

@@ -12,6 +12,7 @@
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, STAGES (of
  * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_WINDOW,
  * FA_DROPOUT. */
+#include "dispenser.cuh"
 #include "panels.cuh"
 #include "ptx/copy.cuh"
 #include "ptx/mma.cuh"
@@ -26,8 +27,8 @@ constexpr int KEY_TILES = BLOCK_N / 8, OUT_TILES = WIDTH / 8;
 static_assert(THREADS == 128 * (CONSUMERS + 1), "and one warpgroup that moves data");
 
 /* Registers of a thread that moves data and of one that computes; at first all have the same. */
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 
 using QTile = Panels<64, HEAD_DIM>;
 using KTile = Panels<BLOCK_N, HEAD_DIM>;
@@ -35,17 +36,6 @@ using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
 using OTile = Panels<64, HEAD_DIM_V>; /* takes the place of Q */
 
 constexpr int Q_BYTES = QTile::BYTES > OTile::BYTES ? QTile::BYTES : OTile::BYTES;
-
-struct Shared {
-    unsigned char Q[Q_BUFFERS][CONSUMERS][Q_BYTES];
-    unsigned char K[STAGES][KTile::BYTES];
-    unsigned char V[STAGES][VTile::BYTES];
-    mbarrier Q_full[Q_BUFFERS][CONSUMERS], Q_empty[Q_BUFFERS][CONSUMERS];
-    mbarrier O_full[Q_BUFFERS][CONSUMERS];
-    mbarrier K_full[STAGES], K_empty[STAGES];
-    mbarrier V_full[STAGES], V_empty[STAGES];
-};
-extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 /* Named barriers: one a warpgroup each. */
 enum { TURN = 1, Q_DONE = 4 };
@@ -67,6 +57,13 @@ template <int COUNT> struct Ring {
         }
     }
 };
+
+/* This warp is done with a buffer. */
+static __device__ __forceinline__ void release(mbarrier *b) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        mbarrier_arrive(b);
+}
 
 /* --- who does what: all warps go through the same work in the same order --- */
 
@@ -97,46 +94,82 @@ struct Work {
 
 /* Work is laid out in groups of p.group_heads heads, whose keys and values stay in the L2 cache
  * while all their queries are worked on, the last queries first: under a causal mask they have the
- * most keys. Of each gridDim.x pieces a block takes one, from the front and from the back in turns,
- * so that nobody gets the longest piece each time. */
-struct Schedule {
-    int round = 0;
+ * most keys. */
+static __device__ __forceinline__ Work work_of(const fa_kernel_params &p, int piece) {
+    const int group = piece / (p.group_heads * p.blocks) * p.group_heads;
+    const int group_heads = min(p.group_heads, p.batch * p.heads_q - group);
+    const int in_group = piece - group * p.blocks;
+    const int row = (p.blocks - 1 - in_group / group_heads) * BLOCK_M;
+    return {group + in_group % group_heads, row, visible_tiles(p, row, BLOCK_M)};
+}
 
-    __device__ __forceinline__ bool next(const fa_kernel_params &p, Work &work) {
-        const int heads = p.batch * p.heads_q, count = heads * p.blocks;
-        for (;; round++) {
-            const int first = round * gridDim.x;
-            if (first >= count)
-                return false;
-            const int piece = first + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-            if (piece >= count)
-                continue;
-            const int group = piece / (p.group_heads * p.blocks) * p.group_heads;
-            const int group_heads = min(p.group_heads, heads - group);
-            const int in_group = piece - group * p.blocks;
-            work.head = group + in_group % group_heads;
-            work.row = (p.blocks - 1 - in_group / group_heads) * BLOCK_M;
-            work.tiles = visible_tiles(p, work.row, BLOCK_M);
-            round++;
-            return true;
-        }
+/* What one thread posts for all warps of the block: the numbers of the pieces to work on. */
+constexpr int POSTS = 4;
+
+struct Posts {
+    int piece[POSTS]; /* past the last one: there is no more */
+    mbarrier full[POSTS], empty[POSTS];
+};
+constexpr int READERS = 3 + 4 * CONSUMERS; /* the warps of K, V and O, and those that compute */
+
+struct Reader {
+    Ring<POSTS> ring;
+
+    /* By whole warps or by single threads; one thread of a warp says that it has read. */
+    __device__ __forceinline__ bool next(const fa_kernel_params &p, Posts &posts, bool whole_warp,
+                                         Work &work) {
+        mbarrier_wait(&posts.full[ring.at], ring.phase);
+        int piece = posts.piece[ring.at];
+        if (whole_warp) {
+            piece = uniform(piece);
+            release(&posts.empty[ring.at]);
+        } else
+            mbarrier_arrive(&posts.empty[ring.at]);
+        ring.advance();
+        if (piece >= p.batch * p.heads_q * p.blocks)
+            return false;
+        work = work_of(p, piece);
+        return true;
     }
 };
 
+/* All of shared memory. */
+struct Shared {
+    unsigned char Q[Q_BUFFERS][CONSUMERS][Q_BYTES];
+    unsigned char K[STAGES][KTile::BYTES];
+    unsigned char V[STAGES][VTile::BYTES];
+    mbarrier Q_full[Q_BUFFERS][CONSUMERS], Q_empty[Q_BUFFERS][CONSUMERS];
+    mbarrier O_full[Q_BUFFERS][CONSUMERS];
+    mbarrier K_full[STAGES], K_empty[STAGES];
+    mbarrier V_full[STAGES], V_empty[STAGES];
+    Posts posts;
+};
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+
 /* --- the warpgroup that moves data; one thread of each warp --- */
 
+/* Q, and before it the number of the piece. */
 static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const tensor_map *map,
                                                Shared &shared) {
-    Schedule schedule;
-    Work work;
+    Dispenser dispenser;
+    Ring<POSTS> post;
     Ring<Q_BUFFERS> ring;
-    for (; schedule.next(p, work); ring.advance())
+    const int count = p.batch * p.heads_q * p.blocks;
+    for (;; post.advance(), ring.advance()) {
+        const int piece = dispenser.next(p, count);
+        mbarrier_wait(&shared.posts.empty[post.at], post.phase ^ 1);
+        shared.posts.piece[post.at] = piece;
+        mbarrier_arrive(&shared.posts.full[post.at]);
+        if (piece >= count)
+            return;
+        const Work work = work_of(p, piece);
+        const int h = p.q.stride_head ? work.h(p) : 0, b = p.q.stride_batch ? work.b(p) : 0;
         for (int w = 0; w < CONSUMERS; w++) {
             mbarrier_wait(&shared.Q_empty[ring.at][w], ring.phase ^ 1);
-            QTile{shared_address(shared.Q[ring.at][w])}.load(
-                map, &shared.Q_full[ring.at][w], work.row + 64 * w, p.q.stride_head ? work.h(p) : 0,
-                p.q.stride_batch ? work.b(p) : 0);
+            QTile{shared_address(shared.Q[ring.at][w])}.load(map, &shared.Q_full[ring.at][w],
+                                                             work.row + 64 * w, h, b);
         }
+    }
 }
 
 /* K or V. */
@@ -144,11 +177,11 @@ template <class Tile, int BYTES>
 static __device__ __forceinline__ void
 bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const tensor_map *map,
             unsigned char (&buffers)[STAGES][BYTES], mbarrier (&full)[STAGES],
-            mbarrier (&empty)[STAGES]) {
-    Schedule schedule;
+            mbarrier (&empty)[STAGES], Posts &posts) {
+    Reader reader;
     Work work;
     Ring<STAGES> ring;
-    while (schedule.next(p, work)) {
+    while (reader.next(p, posts, false, work)) {
         const int h = tensor.stride_head ? work.h(p) / (p.heads_q / p.heads_k) : 0;
         const int b = tensor.stride_batch ? work.b(p) : 0;
         for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, ring.advance()) {
@@ -160,10 +193,10 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
 
 static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const tensor_map *map,
                                               Shared &shared) {
-    Schedule schedule;
+    Reader reader;
     Work work;
     Ring<Q_BUFFERS> ring;
-    for (; schedule.next(p, work); ring.advance())
+    for (; reader.next(p, shared.posts, false, work); ring.advance())
         for (int w = 0; w < CONSUMERS; w++) {
             mbarrier_wait(&shared.O_full[ring.at][w], ring.phase);
             OTile{shared_address(shared.Q[ring.at][w])}.store(map, work.row + 64 * w, work.h(p),
@@ -276,31 +309,27 @@ static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, lo
 #endif
 }
 
-/* The scale, the mask, and what lies outside of the window or past the last key. i is this thread's
- * first row. */
+/* The scale, the mask, and what lies outside of the window or past the last key. */
 static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, Scores &S,
-                                                     long long mask_start, int i, int key,
+                                                     long long mask_start, int warp_row, int key,
                                                      bool cut) {
-    const int t = threadIdx.x % 4;
+    const int lane = lane_anew(), i = warp_row + lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
         for (int x = 0; x < 4; x++)
             S[n][x] *= NATURAL_UNITS ? p.scale : p.scale_log2e;
     if (FA_MASK) {
-        long long at[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            at[r] = mask_start + min(i + 8 * r, p.seq_q - 1) * p.mask.stride_row +
-                    (key + 2 * t) * p.mask.stride_col;
-        const int end = p.seq_k - key - 2 * t;
+        const long long at = mask_start + i * p.mask.stride_row + (key + 2 * t) * p.mask.stride_col;
+        const int rows = p.seq_q - i, cols = p.seq_k - key - 2 * t; /* from this place on */
 #pragma unroll
         for (int n = 0; n < KEY_TILES; n++) {
 #pragma unroll
             for (int x = 0; x < 4; x++)
-                if (8 * n + x % 2 < end)
-                    S[n][x] += mask_value(p, at[x / 2] + (8 * n + x % 2) * p.mask.stride_col);
-            if (n % (WIDTH > 128 ? 2 : 4) == 1) /* there are no registers to load more at once */
+                if (x / 2 * 8 < rows && 8 * n + x % 2 < cols)
+                    S[n][x] += mask_value(p, at + x / 2 * 8 * p.mask.stride_row +
+                                                 (8 * n + x % 2) * p.mask.stride_col);
+            if (WIDTH > 128 || n % 4 == 3) /* there are no registers to load more at once */
                 asm volatile("" ::: "memory");
         }
     }
@@ -329,8 +358,8 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
  * The maximum is looked for where a row has seen no key yet, where scores are hidden (such tiles
  * are few), and where the shortcut has failed badly. */
 static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores &S, Rows &rows,
-                                               const Work &work, long long mask_start,
-                                               int warp_row, int key, QTile Q, KTile K) {
+                                               const Work &work, long long mask_start, int warp_row,
+                                               int key, QTile Q, KTile K) {
     const bool cut = is_cut(p, warp_row, 16, key, BLOCK_N);
     bool look = FA_MASK || cut || rows.unseen || rows.wary, rescaled = false;
     float sum[2];
@@ -360,7 +389,7 @@ static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores
         }
     }
     if (look) {
-        finish_scores(p, S, mask_start, warp_row + threadIdx.x % 32 / 4, key, cut);
+        finish_scores(p, S, mask_start, warp_row, key, cut);
         const float most[2] = {max_of_row(S, 0), max_of_row(S, 1)};
         rescaled = __any_sync(~0u, most[0] > rows.m[0] + SLACK || most[1] > rows.m[1] + SLACK);
         float origin[2];
@@ -436,13 +465,6 @@ static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, 
                     pack(O[n + 1][2] * f[1], O[n + 1][3] * f[1]));
 }
 
-/* This warp is done with a buffer. */
-static __device__ __forceinline__ void release(mbarrier *b) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        mbarrier_arrive(b);
-}
-
 static __device__ __forceinline__ void begin_turn(int w) {
     if (PING_PONG)
         barrier_sync(TURN + w, 256);
@@ -456,7 +478,7 @@ static __device__ __forceinline__ void end_turn(int w) {
  * turn for each, so that turns and buffers stay in step, but a tile that its own queries do not see
  * is passed by. */
 static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared &shared, int w) {
-    Schedule schedule;
+    Reader reader;
     Work work;
     Ring<Q_BUFFERS> q;
     Ring<STAGES> k, v;
@@ -464,7 +486,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     if (w == 0)
         end_turn(CONSUMERS - 1);
 
-    for (; schedule.next(p, work); q.advance()) {
+    for (; reader.next(p, shared.posts, true, work); q.advance()) {
         const int row = work.row + 64 * w, warp_row = row + 16 * warp_in_group;
         Range own = work.tiles;
         if (row >= p.seq_q)
@@ -525,7 +547,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
 
                 wgmma_wait<1>(); /* S */
                 pin(S);
-                const bool rescaled = softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K());
+                const bool rescaled =
+                    softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K());
                 release(&shared.K_empty[k.at]);
                 k.advance();
                 if (FA_DROPOUT)
@@ -576,6 +599,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             mbarrier_init(&shared.K_empty[i], 4 * CONSUMERS); /* by each warp */
             mbarrier_init(&shared.V_empty[i], 4 * CONSUMERS);
         }
+        for (int i = 0; i < POSTS; i++) {
+            mbarrier_init(&shared.posts.full[i], 1);
+            mbarrier_init(&shared.posts.empty[i], READERS);
+        }
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -588,9 +615,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (warp == 0)
             bring_Q(p, &maps.q, shared);
         else if (warp == 1)
-            bring_tiles<KTile>(p, p.k, &maps.k, shared.K, shared.K_full, shared.K_empty);
+            bring_tiles<KTile>(p, p.k, &maps.k, shared.K, shared.K_full, shared.K_empty,
+                               shared.posts);
         else if (warp == 2)
-            bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty);
+            bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty,
+                               shared.posts);
         else
             take_O(p, &maps.out, shared);
     } else {
