@@ -46,17 +46,16 @@ struct Maps {
     tensor_map q, k, v, out;
 };
 
-/* A place in a ring of buffers, and the phase of its barriers. */
-template <int COUNT> struct Ring {
-    int at = 0;
-    unsigned phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++at == COUNT) {
-            at = 0;
-            phase ^= 1;
-        }
-    }
-};
+/* A buffer of a ring is used by turns: the n-th use of the ring is a use of buffer n % COUNT, and
+ * its barriers are then in phase n / COUNT % 2. */
+template <int COUNT>
+static __device__ __forceinline__ void wait_full(mbarrier (&full)[COUNT], unsigned n) {
+    mbarrier_wait(&full[n % COUNT], n / COUNT % 2);
+}
+template <int COUNT> /* by the use before */
+static __device__ __forceinline__ void wait_empty(mbarrier (&empty)[COUNT], unsigned n) {
+    mbarrier_wait(&empty[n % COUNT], n / COUNT % 2 ^ 1);
+}
 
 /* This warp is done with a buffer. */
 static __device__ __forceinline__ void release(mbarrier *b) {
@@ -112,34 +111,29 @@ struct Posts {
 };
 constexpr int READERS = 3 + 4 * CONSUMERS; /* the warps of K, V and O, and those that compute */
 
-struct Reader {
-    Ring<POSTS> ring;
-
-    /* By whole warps or by single threads; one thread of a warp says that it has read. */
-    __device__ __forceinline__ bool next(const fa_kernel_params &p, Posts &posts, bool whole_warp,
-                                         Work &work) {
-        mbarrier_wait(&posts.full[ring.at], ring.phase);
-        int piece = posts.piece[ring.at];
-        if (whole_warp) {
-            piece = uniform(piece);
-            release(&posts.empty[ring.at]);
-        } else
-            mbarrier_arrive(&posts.empty[ring.at]);
-        ring.advance();
-        if (piece >= p.batch * p.heads_q * p.blocks)
-            return false;
-        work = work_of(p, piece);
-        return true;
-    }
-};
+/* The n-th piece of this block, if there is one. Read by whole warps or by single threads. */
+static __device__ __forceinline__ bool read_post(const fa_kernel_params &p, Posts &posts,
+                                                 unsigned n, bool whole_warp, Work &work) {
+    wait_full(posts.full, n);
+    int piece = posts.piece[n % POSTS];
+    if (whole_warp) {
+        piece = uniform(piece);
+        release(&posts.empty[n % POSTS]);
+    } else
+        mbarrier_arrive(&posts.empty[n % POSTS]);
+    if (piece >= p.batch * p.heads_q * p.blocks)
+        return false;
+    work = work_of(p, piece);
+    return true;
+}
 
 /* All of shared memory. */
 struct Shared {
-    unsigned char Q[Q_BUFFERS][CONSUMERS][Q_BYTES];
+    unsigned char Q[CONSUMERS][Q_BUFFERS][Q_BYTES];
     unsigned char K[STAGES][KTile::BYTES];
     unsigned char V[STAGES][VTile::BYTES];
-    mbarrier Q_full[Q_BUFFERS][CONSUMERS], Q_empty[Q_BUFFERS][CONSUMERS];
-    mbarrier O_full[Q_BUFFERS][CONSUMERS];
+    mbarrier Q_full[CONSUMERS][Q_BUFFERS], Q_empty[CONSUMERS][Q_BUFFERS];
+    mbarrier O_full[CONSUMERS][Q_BUFFERS];
     mbarrier K_full[STAGES], K_empty[STAGES];
     mbarrier V_full[STAGES], V_empty[STAGES];
     Posts posts;
@@ -152,22 +146,20 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
 static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const tensor_map *map,
                                                Shared &shared) {
     Dispenser dispenser;
-    Ring<POSTS> post;
-    Ring<Q_BUFFERS> ring;
     const int count = p.batch * p.heads_q * p.blocks;
-    for (;; post.advance(), ring.advance()) {
+    for (unsigned n = 0;; n++) {
         const int piece = dispenser.next(p, count);
-        mbarrier_wait(&shared.posts.empty[post.at], post.phase ^ 1);
-        shared.posts.piece[post.at] = piece;
-        mbarrier_arrive(&shared.posts.full[post.at]);
+        wait_empty(shared.posts.empty, n);
+        shared.posts.piece[n % POSTS] = piece;
+        mbarrier_arrive(&shared.posts.full[n % POSTS]);
         if (piece >= count)
             return;
         const Work work = work_of(p, piece);
         const int h = p.q.stride_head ? work.h(p) : 0, b = p.q.stride_batch ? work.b(p) : 0;
         for (int w = 0; w < CONSUMERS; w++) {
-            mbarrier_wait(&shared.Q_empty[ring.at][w], ring.phase ^ 1);
-            QTile{shared_address(shared.Q[ring.at][w])}.load(map, &shared.Q_full[ring.at][w],
-                                                             work.row + 64 * w, h, b);
+            wait_empty(shared.Q_empty[w], n);
+            QTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.load(
+                map, &shared.Q_full[w][n % Q_BUFFERS], work.row + 64 * w, h, b);
         }
     }
 }
@@ -178,32 +170,30 @@ static __device__ __forceinline__ void
 bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const tensor_map *map,
             unsigned char (&buffers)[STAGES][BYTES], mbarrier (&full)[STAGES],
             mbarrier (&empty)[STAGES], Posts &posts) {
-    Reader reader;
     Work work;
-    Ring<STAGES> ring;
-    while (reader.next(p, posts, false, work)) {
+    unsigned n = 0; /* tiles so far */
+    for (unsigned pieces = 0; read_post(p, posts, pieces, false, work); pieces++) {
         const int h = tensor.stride_head ? work.h(p) / (p.heads_q / p.heads_k) : 0;
         const int b = tensor.stride_batch ? work.b(p) : 0;
-        for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, ring.advance()) {
-            mbarrier_wait(&empty[ring.at], ring.phase ^ 1);
-            Tile{shared_address(buffers[ring.at])}.load(map, &full[ring.at], tile * BLOCK_N, h, b);
+        for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, n++) {
+            wait_empty(empty, n);
+            Tile{shared_address(buffers[n % STAGES])}.load(map, &full[n % STAGES], tile * BLOCK_N,
+                                                           h, b);
         }
     }
 }
 
 static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const tensor_map *map,
                                               Shared &shared) {
-    Reader reader;
     Work work;
-    Ring<Q_BUFFERS> ring;
-    for (; reader.next(p, shared.posts, false, work); ring.advance())
+    for (unsigned n = 0; read_post(p, shared.posts, n, false, work); n++)
         for (int w = 0; w < CONSUMERS; w++) {
-            mbarrier_wait(&shared.O_full[ring.at][w], ring.phase);
-            OTile{shared_address(shared.Q[ring.at][w])}.store(map, work.row + 64 * w, work.h(p),
-                                                              work.b(p));
+            wait_full(shared.O_full[w], n);
+            OTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.store(map, work.row + 64 * w,
+                                                                    work.h(p), work.b(p));
             tma_store_commit();
             tma_store_wait_read();
-            mbarrier_arrive(&shared.Q_empty[ring.at][w]);
+            mbarrier_arrive(&shared.Q_empty[w][n % Q_BUFFERS]);
         }
 }
 
@@ -215,6 +205,9 @@ using Output = float[OUT_TILES][4];
 
 /* S = Q K^T */
 static __device__ __forceinline__ void multiply_scores(Scores &S, QTile Q, KTile K) {
+    /* Keeps the compiler from computing all operands of Q ahead, for which there are not enough
+     * uniform registers. */
+    asm volatile("" : "+r"(Q.address));
     wgmma_fence();
     Wgmma<BLOCK_N>::multiply(S, Q.sum_over_cols(0), K.sum_over_cols(0));
 #pragma unroll
@@ -478,34 +471,31 @@ static __device__ __forceinline__ void end_turn(int w) {
  * turn for each, so that turns and buffers stay in step, but a tile that its own queries do not see
  * is passed by. */
 static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared &shared, int w) {
-    Reader reader;
-    Work work;
-    Ring<Q_BUFFERS> q;
-    Ring<STAGES> k, v;
     const int warp_in_group = uniform(threadIdx.x / 32) % 4;
+    const auto K = [&](unsigned n) { return KTile{shared_address(shared.K[n % STAGES])}; };
+    const auto V = [&](unsigned n) { return VTile{shared_address(shared.V[n % STAGES])}; };
+    unsigned n = 0; /* tiles so far */
+    const auto pass_by = [&] {
+        begin_turn(w);
+        end_turn(w);
+        wait_full(shared.K_full, n);
+        release(&shared.K_empty[n % STAGES]);
+        wait_full(shared.V_full, n);
+        release(&shared.V_empty[n % STAGES]);
+        n++;
+    };
     if (w == 0)
         end_turn(CONSUMERS - 1);
 
-    for (; reader.next(p, shared.posts, true, work); q.advance()) {
+    Work work;
+    for (unsigned pieces = 0; read_post(p, shared.posts, pieces, true, work); pieces++) {
         const int row = work.row + 64 * w, warp_row = row + 16 * warp_in_group;
         Range own = work.tiles;
         if (row >= p.seq_q)
             own.end = own.begin;
         else if (FA_WINDOW)
             own = visible_tiles(p, row, 64);
-        const auto pass_by = [&] {
-            begin_turn(w);
-            end_turn(w);
-            mbarrier_wait(&shared.K_full[k.at], k.phase);
-            release(&shared.K_empty[k.at]);
-            k.advance();
-            mbarrier_wait(&shared.V_full[v.at], v.phase);
-            release(&shared.V_empty[v.at]);
-            v.advance();
-        };
-        const QTile Q{shared_address(shared.Q[q.at][w])};
-        const auto K = [&] { return KTile{shared_address(shared.K[k.at])}; };
-        const auto V = [&] { return VTile{shared_address(shared.V[v.at])}; };
+        const QTile Q{shared_address(shared.Q[w][pieces % Q_BUFFERS])};
         const Dropout dropout(p, work.b(p), work.h(p));
         const long long mask_start = mask_row(p.mask, work.b(p), work.h(p), 0);
 
@@ -514,61 +504,58 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         Output O;
         Rows rows;
 #pragma unroll
-        for (int n = 0; n < OUT_TILES; n++)
+        for (int d = 0; d < OUT_TILES; d++)
 #pragma unroll
             for (int x = 0; x < 4; x++)
-                O[n][x] = 0;
+                O[d][x] = 0;
 
         for (int tile = work.tiles.end; tile > own.end; tile--)
             pass_by();
-        mbarrier_wait(&shared.Q_full[q.at][w], q.phase);
+        wait_full(shared.Q_full[w], pieces);
         if (own.begin < own.end) {
             int tile = own.end - 1;
-            mbarrier_wait(&shared.K_full[k.at], k.phase);
+            wait_full(shared.K_full, n);
             begin_turn(w);
-            multiply_scores(S, Q, K());
+            multiply_scores(S, Q, K(n));
             end_turn(w);
             wgmma_wait<0>();
             pin(S);
-            softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K());
-            release(&shared.K_empty[k.at]);
-            k.advance();
+            softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K(n));
+            release(&shared.K_empty[n % STAGES]);
             if (FA_DROPOUT)
                 drop(p, dropout, S, warp_row, tile * BLOCK_N);
             round_probabilities(P, S);
+            n++;
 
-            while (--tile >= own.begin) {
-                mbarrier_wait(&shared.K_full[k.at], k.phase);
+            for (tile--; tile >= own.begin; tile--, n++) {
+                wait_full(shared.K_full, n);
                 begin_turn(w);
-                multiply_scores(S, Q, K());
-                mbarrier_wait(&shared.V_full[v.at], v.phase);
-                multiply_values(O, P, V());
+                multiply_scores(S, Q, K(n));
+                wait_full(shared.V_full, n - 1);
+                multiply_values(O, P, V(n - 1));
                 end_turn(w);
 
                 wgmma_wait<1>(); /* S */
                 pin(S);
                 const bool rescaled =
-                    softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K());
-                release(&shared.K_empty[k.at]);
-                k.advance();
+                    softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K(n));
+                release(&shared.K_empty[n % STAGES]);
                 if (FA_DROPOUT)
                     drop(p, dropout, S, warp_row, tile * BLOCK_N);
 
                 wgmma_wait<0>(); /* O */
                 pin(O);
                 pin(S);
-                release(&shared.V_empty[v.at]);
-                v.advance();
+                release(&shared.V_empty[(n - 1) % STAGES]);
                 if (rescaled)
                     rescale_output(O, rows.rescale);
                 round_probabilities(P, S);
             }
-            mbarrier_wait(&shared.V_full[v.at], v.phase);
-            multiply_values(O, P, V());
+            wait_full(shared.V_full, n - 1);
+            multiply_values(O, P, V(n - 1));
             wgmma_wait<0>();
             pin(O);
-            release(&shared.V_empty[v.at]);
-            v.advance();
+            release(&shared.V_empty[(n - 1) % STAGES]);
         }
         for (int tile = own.begin; tile > work.tiles.begin; tile--)
             pass_by();
@@ -576,7 +563,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         barrier_sync(Q_DONE + w, 128); /* by all of the warpgroup: O takes its place */
         finish_output(p, O, rows, work, warp_row, OTile{Q.address});
         fence_proxy_async();
-        release(&shared.O_full[q.at][w]);
+        release(&shared.O_full[w][pieces % Q_BUFFERS]);
     }
     if (w == 0) /* takes the turn that nobody wants */
         begin_turn(w);
@@ -589,9 +576,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < Q_BUFFERS; i++)
             for (int w = 0; w < CONSUMERS; w++) {
-                mbarrier_init(&shared.Q_full[i][w], 1);
-                mbarrier_init(&shared.Q_empty[i][w], 1);
-                mbarrier_init(&shared.O_full[i][w], 4);
+                mbarrier_init(&shared.Q_full[w][i], 1);
+                mbarrier_init(&shared.Q_empty[w][i], 1);
+                mbarrier_init(&shared.O_full[w][i], 4);
             }
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.K_full[i], 1);
