@@ -109,7 +109,7 @@ fa_params params_of(const py::dict &call) {
     p.window_right = get("window").cast<bool>() ? 0 : FA_NO_LIMIT;
     p.allow_tf32 = get("allow_tf32").cast<bool>();
     if (!get("mask").is_none())
-        p.mask = {nothing, dtype_of(get("mask").cast<std::string>()), 0, 0, 0, 0};
+        p.mask = {nothing, dtype_of(get("mask").cast<std::string>()), 0, 0, p.seq_k, 1};
     if (get("dropout").cast<bool>()) {
         p.dropout_p = 0.5;
         p.rng_state = reinterpret_cast<const uint64_t *>(nothing);

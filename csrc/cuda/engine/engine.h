@@ -48,9 +48,8 @@ struct fa_cuda_variant {
     uint8_t dropout;   /* dropout_p > 0 */
     uint8_t mask_grad; /* dmask is wanted */
 
-    /* forward_sm90: buffers of K and V, and of Q; whether warpgroups take turns */
-    uint8_t stages, q_buffers;
-    uint16_t ping_pong;
+    /* forward_sm90: buffers of K and V, and of Q; whether warpgroups take turns; FA_MASK_TILES */
+    uint8_t stages, q_buffers, ping_pong, mask_tiles;
 
     uint16_t head_dim, head_dim_v;
     uint16_t block_m, block_n, threads;
@@ -90,7 +89,7 @@ int fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step);
 
 /* The second parameter of the kernel. */
 struct fa_cuda_maps {
-    CUtensorMap q, k, v, out;
+    CUtensorMap q, k, v, out, mask;
 };
 enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
                                    struct fa_cuda_maps *maps);

@@ -256,6 +256,7 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
         ADD("-DSTAGES=%d", v->stages);
         ADD("-DQ_BUFFERS=%d", v->q_buffers);
         ADD("-DPING_PONG=%d", v->ping_pong);
+        ADD("-DFA_MASK_TILES=%d", v->mask_tiles);
     }
 #undef ADD
     *at = 0;

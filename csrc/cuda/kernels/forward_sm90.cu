@@ -10,9 +10,10 @@
  * softmax itself is short: it does not look for the maximum, see softmax().
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, STAGES (of
- * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_WINDOW,
- * FA_DROPOUT. */
+ * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_MASK_TILES,
+ * FA_WINDOW, FA_DROPOUT. */
 #include "dispenser.cuh"
+#include "mask_tile.cuh"
 #include "panels.cuh"
 #include "ptx/copy.cuh"
 #include "ptx/mma.cuh"
@@ -43,7 +44,7 @@ enum { TURN = 1, Q_DONE = 4 };
 /* Boxes of 64 columns; 64 rows of q and out, BLOCK_N of k and v. Heads and batch entries that are
  * broadcast, with a stride of 0, are there once. */
 struct Maps {
-    tensor_map q, k, v, out;
+    tensor_map q, k, v, out, mask;
 };
 
 /* A buffer of a ring is used by turns: the n-th use of the ring is a use of buffer n % COUNT, and
@@ -132,6 +133,7 @@ struct Shared {
     unsigned char Q[CONSUMERS][Q_BUFFERS][Q_BYTES];
     unsigned char K[STAGES][KTile::BYTES];
     unsigned char V[STAGES][VTile::BYTES];
+    unsigned char mask[STAGES][MaskTile::BYTES]; /* comes and goes with K */
     mbarrier Q_full[CONSUMERS][Q_BUFFERS], Q_empty[CONSUMERS][Q_BUFFERS];
     mbarrier O_full[CONSUMERS][Q_BUFFERS];
     mbarrier K_full[STAGES], K_empty[STAGES];
@@ -165,11 +167,11 @@ static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const 
 }
 
 /* K or V. */
-template <class Tile, int BYTES>
+template <class Tile, class Also, int BYTES>
 static __device__ __forceinline__ void
 bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const tensor_map *map,
             unsigned char (&buffers)[STAGES][BYTES], mbarrier (&full)[STAGES],
-            mbarrier (&empty)[STAGES], Posts &posts) {
+            mbarrier (&empty)[STAGES], Posts &posts, const Also &bring_also) {
     Work work;
     unsigned n = 0; /* tiles so far */
     for (unsigned pieces = 0; read_post(p, posts, pieces, false, work); pieces++) {
@@ -179,6 +181,7 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
             wait_empty(empty, n);
             Tile{shared_address(buffers[n % STAGES])}.load(map, &full[n % STAGES], tile * BLOCK_N,
                                                            h, b);
+            bring_also(work, tile * BLOCK_N, n % STAGES);
         }
     }
 }
@@ -304,15 +307,27 @@ static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, lo
 
 /* The scale, the mask, and what lies outside of the window or past the last key. */
 static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, Scores &S,
-                                                     long long mask_start, int warp_row, int key,
-                                                     bool cut) {
+                                                     long long mask_start, MaskTile mask,
+                                                     int warp_row, int key, bool cut) {
     const int lane = lane_anew(), i = warp_row + lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
         for (int x = 0; x < 4; x++)
             S[n][x] *= NATURAL_UNITS ? p.scale : p.scale_log2e;
-    if (FA_MASK) {
+    if (FA_MASK_TILES) {
+        const unsigned first = mask.first(i % BLOCK_M, t);
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int next_rows = FA_MASK_TILES == 1 ? 8 * r * 128 : 0;
+                float value[2];
+                MaskTile::values(MaskTile::at(first, n) + next_rows, value);
+                S[n][2 * r] += value[0];
+                S[n][2 * r + 1] += value[1];
+            }
+    } else if (FA_MASK) {
         const long long at = mask_start + i * p.mask.stride_row + (key + 2 * t) * p.mask.stride_col;
         const int rows = p.seq_q - i, cols = p.seq_k - key - 2 * t; /* from this place on */
 #pragma unroll
@@ -352,7 +367,7 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
  * are few), and where the shortcut has failed badly. */
 static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores &S, Rows &rows,
                                                const Work &work, long long mask_start, int warp_row,
-                                               int key, QTile Q, KTile K) {
+                                               int key, QTile Q, KTile K, MaskTile mask) {
     const bool cut = is_cut(p, warp_row, 16, key, BLOCK_N);
     bool look = FA_MASK || cut || rows.unseen || rows.wary, rescaled = false;
     float sum[2];
@@ -382,7 +397,7 @@ static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores
         }
     }
     if (look) {
-        finish_scores(p, S, mask_start, warp_row, key, cut);
+        finish_scores(p, S, mask_start, mask, warp_row, key, cut);
         const float most[2] = {max_of_row(S, 0), max_of_row(S, 1)};
         rescaled = __any_sync(~0u, most[0] > rows.m[0] + SLACK || most[1] > rows.m[1] + SLACK);
         float origin[2];
@@ -474,6 +489,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     const int warp_in_group = uniform(threadIdx.x / 32) % 4;
     const auto K = [&](unsigned n) { return KTile{shared_address(shared.K[n % STAGES])}; };
     const auto V = [&](unsigned n) { return VTile{shared_address(shared.V[n % STAGES])}; };
+    const auto mask = [&](unsigned n) { return MaskTile{shared_address(shared.mask[n % STAGES])}; };
     unsigned n = 0; /* tiles so far */
     const auto pass_by = [&] {
         begin_turn(w);
@@ -520,7 +536,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             end_turn(w);
             wgmma_wait<0>();
             pin(S);
-            softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K(n));
+            softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K(n), mask(n));
             release(&shared.K_empty[n % STAGES]);
             if (FA_DROPOUT)
                 drop(p, dropout, S, warp_row, tile * BLOCK_N);
@@ -537,8 +553,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
 
                 wgmma_wait<1>(); /* S */
                 pin(S);
-                const bool rescaled =
-                    softmax(p, S, rows, work, mask_start, warp_row, tile * BLOCK_N, Q, K(n));
+                const bool rescaled = softmax(p, S, rows, work, mask_start, warp_row,
+                                              tile * BLOCK_N, Q, K(n), mask(n));
                 release(&shared.K_empty[n % STAGES]);
                 if (FA_DROPOUT)
                     drop(p, dropout, S, warp_row, tile * BLOCK_N);
@@ -581,7 +597,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 mbarrier_init(&shared.O_full[w][i], 4);
             }
         for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(&shared.K_full[i], 1);
+            mbarrier_init(&shared.K_full[i], FA_MASK_TILES ? 2 : 1);
             mbarrier_init(&shared.V_full[i], 1);
             mbarrier_init(&shared.K_empty[i], 4 * CONSUMERS); /* by each warp */
             mbarrier_init(&shared.V_empty[i], 4 * CONSUMERS);
@@ -603,10 +619,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             bring_Q(p, &maps.q, shared);
         else if (warp == 1)
             bring_tiles<KTile>(p, p.k, &maps.k, shared.K, shared.K_full, shared.K_empty,
-                               shared.posts);
+                               shared.posts, [&](const Work &work, int key, int stage) {
+                                   if (FA_MASK_TILES)
+                                       MaskTile{shared_address(shared.mask[stage])}.load(
+                                           &maps.mask, &shared.K_full[stage], work.row, key,
+                                           p.mask.stride_head ? work.h(p) : 0,
+                                           p.mask.stride_batch ? work.b(p) : 0);
+                               });
         else if (warp == 2)
             bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty,
-                               shared.posts);
+                               shared.posts, [](const Work &, int, int) {});
         else
             take_O(p, &maps.out, shared);
     } else {
