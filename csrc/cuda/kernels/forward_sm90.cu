@@ -41,8 +41,8 @@ constexpr int Q_BYTES = QTile::BYTES > OTile::BYTES ? QTile::BYTES : OTile::BYTE
 /* Named barriers: one a warpgroup each. */
 enum { TURN = 1, Q_DONE = 4 };
 
-/* Boxes of 64 columns; 64 rows of q and out, BLOCK_N of k and v. Heads and batch entries that are
- * broadcast, with a stride of 0, are there once. */
+/* Boxes of 64 columns; 64 rows of q and out, BLOCK_N of k and v, see MaskTile for mask. Heads and
+ * batch entries that are broadcast, with a stride of 0, are there once. */
 struct Maps {
     tensor_map q, k, v, out, mask;
 };
@@ -305,6 +305,11 @@ static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, lo
 #endif
 }
 
+/* A score that a bool mask hides may even be NaN. */
+static __device__ __forceinline__ float add_mask(float score, float value) {
+    return FA_MASK == 1 ? (value == 0 ? score : value) : score + value;
+}
+
 /* The scale, the mask, and what lies outside of the window or past the last key. */
 static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, Scores &S,
                                                      long long mask_start, MaskTile mask,
@@ -324,8 +329,8 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
                 const int next_rows = FA_MASK_TILES == 1 ? 8 * r * 128 : 0;
                 float value[2];
                 MaskTile::values(MaskTile::at(first, n) + next_rows, value);
-                S[n][2 * r] += value[0];
-                S[n][2 * r + 1] += value[1];
+                S[n][2 * r] = add_mask(S[n][2 * r], value[0]);
+                S[n][2 * r + 1] = add_mask(S[n][2 * r + 1], value[1]);
             }
     } else if (FA_MASK) {
         const long long at = mask_start + i * p.mask.stride_row + (key + 2 * t) * p.mask.stride_col;
@@ -335,8 +340,9 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
 #pragma unroll
             for (int x = 0; x < 4; x++)
                 if (x / 2 * 8 < rows && 8 * n + x % 2 < cols)
-                    S[n][x] += mask_value(p, at + x / 2 * 8 * p.mask.stride_row +
-                                                 (8 * n + x % 2) * p.mask.stride_col);
+                    S[n][x] =
+                        add_mask(S[n][x], mask_value(p, at + x / 2 * 8 * p.mask.stride_row +
+                                                            (8 * n + x % 2) * p.mask.stride_col));
             if (WIDTH > 128 || n % 4 == 3) /* there are no registers to load more at once */
                 asm volatile("" ::: "memory");
         }
@@ -589,6 +595,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fa_forward_sm90(const __grid_constant__ fa_kernel_params p, const __grid_constant__ Maps maps) {
     Shared &shared = *(Shared *)shared_memory;
     const int warp = uniform(threadIdx.x / 32);
+    if (threadIdx.x == 32) {
+        tma_prefetch_map(&maps.q);
+        tma_prefetch_map(&maps.k);
+        tma_prefetch_map(&maps.v);
+    }
     if (threadIdx.x == 0) {
         for (int i = 0; i < Q_BUFFERS; i++)
             for (int w = 0; w < CONSUMERS; w++) {

@@ -50,9 +50,7 @@ struct MaskTile {
         value[0] = to_float((elem)pair);
         value[1] = to_float((elem)(pair >> 16));
 #else
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                     : "=f"(value[0]), "=f"(value[1])
-                     : "r"(at));
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value[0]), "=f"(value[1]) : "r"(at));
 #endif
     }
 };
