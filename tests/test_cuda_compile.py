@@ -43,6 +43,8 @@ def describe(call, kernel) -> str:
 
 def resources(log: str) -> tuple[int, int]:
     """Registers, and bytes of local memory: a spill, or an array that did not fit registers."""
+    if "registers" not in log:
+        pytest.skip("this NVRTC keeps the report of ptxas to itself")
     (registers,) = re.findall(r"Used (\d+) registers", log)
     (stack,) = re.findall(r"(\d+) bytes stack frame", log)
     return int(registers), int(stack)
