@@ -12,10 +12,10 @@ C_FILES = $(shell find csrc tests/c -name '*.[ch]' -o -name '*.cpp' -o -name '*.
 BUILT_FROM = pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench figures lint format asan clean
+.PHONY: help demo test bench bench-gpu figures lint format asan sanitize clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp of a finished set-up; it goes where it vanishes together with what it stands for.
 ifeq ($(origin PYTHON),command line)
@@ -55,6 +55,10 @@ bench: $(INSTALLED) ## time and weigh ours against PyTorch's, then update README
 	$(PYTHON) benchmarks/memory.py
 	$(PYTHON) benchmarks/report.py
 
+bench-gpu: $(INSTALLED) ## likewise against all of SDPA's backends on a GPU (20 minutes)
+	$(PYTHON) benchmarks/gpu.py --cool
+	$(PYTHON) benchmarks/report.py
+
 figures: $(INSTALLED) ## draw the pictures of the documentation again
 	$(PYTHON) docs/draw_tiles.py
 
@@ -68,9 +72,21 @@ format: $(INSTALLED) ## put everything into style
 	$(PYTHON) -m ruff format .
 	$(CLANG_FORMAT) -i $(C_FILES)
 
-asan: ## fuzz the C core, without Python, under the address, UB and thread sanitizers
+asan: ## the C code, without Python, under the address, UB and thread sanitizers
 	$(MAKE) -C tests/c asan
 	$(MAKE) -C tests/c tsan
+	$(MAKE) -C tests/c engine
+
+# Checked first, so that what is compiled is in the cache. PyTorch's own kernels are not checked, and
+# neither is what its libraries ask the driver in vain.
+COMPUTE_SANITIZER := compute-sanitizer
+sanitize: $(INSTALLED) ## the CUDA kernels under compute-sanitizer (pip: nvidia-cuda-sanitizer-api)
+	$(PYTHON) tests/sanitize.py
+	for tool in memcheck initcheck racecheck synccheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 \
+	        --kernel-name kernel_substring=fa_ --report-api-errors no \
+	        $(PYTHON) tests/sanitize.py --run || exit 1; \
+	done
 
 clean: ## remove everything built, the virtual environment too
 	rm -rf .venv build dist tests/c/build *.egg-info flash_attn_ext/*.so demo.png

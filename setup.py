@@ -102,7 +102,7 @@ setup(
             "flash_attn_ext._C",
             sources=[],  # BuildExtension knows them
             library_dirs=library_paths(),
-            libraries=["c10", "torch_cpu", "dl"],
+            libraries=["c10", "torch_cpu", "torch_python", "dl"],
             language="c++",
         )
     ],

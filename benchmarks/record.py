@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import shutil
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,10 +22,17 @@ def cpu_name() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
+# What the benchmarks and the report write themselves: a change there is none of the code measured.
+WRITTEN = ("benchmarks/results", "docs/images", "README.md")
+
+
 def commit() -> str:
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changes = git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in WRITTEN))
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changes else "")
 
 
 def facts() -> dict:
@@ -42,9 +50,28 @@ def facts() -> dict:
     }
 
 
+def cuda_facts() -> dict:
+    """Of the GPU, and of what the peers are made of."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = None
+    if shutil.which(query[0]):
+        done = subprocess.run(query, capture_output=True, text=True)
+        driver = done.stdout.split("\n")[0] or None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def file_name(benchmark: str, machine: str) -> str:
+    machine = re.sub(r"\W+", "_", machine.lower()).strip("_")
+    return f"{benchmark}_{machine}.json"
+
+
 def save(benchmark: str, record: dict, folder: Path) -> None:
-    cpu = re.sub(r"\W+", "_", record["cpu"].lower()).strip("_")
-    path = folder / f"{benchmark}_{cpu}.json"
+    path = folder / file_name(benchmark, record.get("device", record["cpu"]))
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {path}")

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter
 
 IMAGES = ROOT / "docs" / "images"
 COLORS = {"naive": "tab:gray", "sdpa": "tab:blue", "ours": "tab:orange"}
+GPU_COLORS = {"flash": "tab:blue", "cudnn": "tab:green", "efficient": "tab:gray"}
 MASK = {False: "full", True: "causal"}
 
 
@@ -124,6 +125,102 @@ def memory_plot(record: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def gpu_origin(record: dict) -> str:
+    cells = record["cells"]
+    commits = ", ".join(dict.fromkeys(cell["commit"] for cell in cells))
+    return (
+        f"{record['device']}, torch {record['versions']['torch']}, CUDA {record['cuda']}, cuDNN "
+        f"{record['cudnn']}, driver {record['driver']}, commit {commits}, {record['date'][:10]}"
+    )
+
+
+def the_table(record: dict) -> list[dict]:
+    """The cells of the table: a run may have measured others, too."""
+    plain = {"feature": "plain", "dtype": "bfloat16"}.items()
+    return [cell for cell in record["cells"] if plain <= cell.items()]
+
+
+def gpu_table(record: dict) -> str:
+    plain = the_table(record)
+    lengths = sorted({cell["length"] for cell in plain})
+    by_row = {}
+    for cell, way in itertools.product(plain, ("forward", "backward")):
+        if way in cell:
+            row = by_row.setdefault((cell["head_dim"], cell["causal"], way), {})
+            row[cell["length"]] = gpu_entry(cell[way]["hot"], "flash")
+    rows = [
+        [d, MASK[causal], way, *(row.get(n, "") for n in lengths)]
+        for (d, causal, way), row in sorted(by_row.items(), key=lambda item: item[0][:2])
+    ]
+    text = (
+        "TFLOP/s of ours on bfloat16, and how many times as fast as SDPA's flash backend "
+        "(FlashAttention-2), by sequence length; 16k tokens, hidden size 2048:\n\n"
+        + tabulate(rows, ["d", "mask", "pass", *lengths], "github", disable_numparse=True)
+    )
+    others = [
+        [cell["feature"], cell["bias"] or "", cell["dtype"], cell["head_dim"],
+         MASK[cell["causal"]], cell["length"], way,
+         *(gpu_entry(cell[way]["hot"], peer) for peer in ("naive", *GPU_COLORS))]
+        for cell in record["cells"]
+        if cell["feature"] != "plain"
+        for way in ("forward", "backward", "both")
+        if way in cell
+    ]  # fmt: skip
+    if others:
+        headers = ["feature", "bias", "dtype", "d", "mask", "length", "pass", "naive", *GPU_COLORS]
+        text += "\n\nOther features, likewise against each of the peers:\n\n"
+        text += tabulate(others, headers, "github", disable_numparse=True)
+    if "host_us" in record:
+        by_peer = {}
+        for result in record["host_us"]:
+            row = by_peer.setdefault(result["peer"], {})
+            row[result["direction"]] = f"{result['median']:.0f}"
+        directions = list(by_peer["ours"])
+        rows = [[peer, *(row.get(d, "") for d in directions)] for peer, row in by_peer.items()]
+        text += "\n\nMicroseconds that the host is busy with a tiny call (1 x 2 x 16 x 64):\n\n"
+        text += tabulate(rows, ["", *directions], "github", disable_numparse=True)
+    return f"{text}\n\n{gpu_origin(record)}."
+
+
+def gpu_entry(peers: dict, name: str) -> str:
+    if name not in peers:
+        return ""
+    return f"{peers['ours']['tflops']:.0f} ({peers[name]['speedup']['median']:.2f})"
+
+
+def gpu_plot(record: dict, path: Path) -> None:
+    plain = the_table(record)
+    head_dims = sorted({cell["head_dim"] for cell in plain})
+    figure, axes = pyplot.subplots(
+        len(head_dims), 4, figsize=(12, 2.6 * len(head_dims)), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    columns = list(itertools.product(("forward", "backward"), (False, True)))
+    for (i, d), (j, (way, causal)) in itertools.product(enumerate(head_dims), enumerate(columns)):
+        panel = axes[i][j]
+        cells = sorted(
+            (c for c in plain if c["head_dim"] == d and c["causal"] == causal and way in c),
+            key=lambda cell: cell["length"],
+        )
+        for peer, color in (*GPU_COLORS.items(), ("ours", COLORS["ours"])):
+            points = [
+                (cell["length"], cell[way]["hot"][peer]["tflops"])
+                for cell in cells
+                if peer in cell[way]["hot"]
+            ]
+            if points:
+                panel.plot(*zip(*points), "o-", color=color, label=peer, markersize=4)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
+        panel.set_title(f"{way}, {MASK[causal]}, d = {d}")
+        panel.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    axes[0][0].set_ylim(bottom=0)
+    figure.supxlabel("sequence length")
+    figure.supylabel("TFLOP/s")
+    figure.savefig(path, dpi=130)
+
+
 def splice(document: Path, name: str, content: str) -> None:
     """Puts content between <!-- benchmark:name --> and <!-- /benchmark:name -->."""
     start, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
@@ -143,6 +240,7 @@ def main() -> None:
     for name, table, plot in (
         ("cpu", cpu_table, cpu_plot),
         ("memory", memory_table, memory_plot),
+        ("gpu", gpu_table, gpu_plot),
     ):
         records = [json.loads(path.read_text()) for path in RESULTS.glob(f"{name}_*.json")]
         if not records:
@@ -153,7 +251,7 @@ def main() -> None:
         plot(record, image)
         picture = f"![{name} benchmark]({image.relative_to(ROOT)})"
         splice(ROOT / "README.md", name, f"{table(record)}\n\n{picture}")
-        print(f"README.md and {image.relative_to(ROOT)}: {origin(record)}")
+        print(f"README.md and {image.relative_to(ROOT)}: {record['commit']}, {record['date']}")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ struct fa_cuda_compiled {
 
 /* Compiles what p takes on an architecture (90: compute capability 9.0) unless the directory has
  * it, and shows each kernel. Needs no GPU. Of the pointers in p it matters which are NULL, and how
- * they and the strides are aligned. */
+ * they and the strides are aligned; of the strides of dmask, which are 0. */
 enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
                                void (*visit)(void *ctx, const struct fa_cuda_compiled *compiled),
                                void *ctx);

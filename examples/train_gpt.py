@@ -15,6 +15,7 @@ import multiprocessing
 import sysconfig
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -123,8 +124,11 @@ def train(name: str, device: str, options: argparse.Namespace) -> dict:
     windows = text.unfold(0, options.context + 1, 1)  # [characters, N + 1], a view
     order = torch.randint(len(windows), (options.steps, options.batch))
 
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
     tiny = torch.randn(1, 1, 16, options.head_dim, device=device, requires_grad=True)
-    ATTENTIONS[name](tiny, tiny, tiny).sum().backward()  # loads libraries
+    with autocast():
+        out = ATTENTIONS[name](tiny, tiny, tiny)
+    out.sum().backward()  # loads libraries, compiles kernels
     with PeakMemory(device) as memory:
         model = GPT(
             options.context, options.layers, options.heads, options.head_dim, ATTENTIONS[name]
@@ -138,7 +142,7 @@ def train(name: str, device: str, options: argparse.Namespace) -> dict:
         for step in progress:
             start = time.perf_counter()
             batch = windows[order[step]].to(device)  # [B, N + 1]
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            with autocast():
                 logits = model(batch[:, :-1])  # [B, N, VOCABULARY]
                 loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
             loss.backward()
@@ -150,18 +154,20 @@ def train(name: str, device: str, options: argparse.Namespace) -> dict:
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
 
     seconds.sort()
+    with autocast():
+        sample = model.generate("def ", 200)
     return {
         "losses": losses,
         "tokens_per_second": options.batch * options.context / seconds[len(seconds) // 2],
         "megabytes": memory.bytes / 2**20,
-        "sample": model.generate("def ", 200),
+        "sample": sample,
     }
 
 
 def pick_device() -> str:
     """The GPU where there is one and our kernels run on it, else the CPU."""
     if torch.cuda.is_available():
-        q = torch.empty(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
+        q = torch.empty(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         if flash_attn_ext.explain(q, q, q, is_causal=True).kernel != "tiled":
             return "cuda"
     return "cpu"

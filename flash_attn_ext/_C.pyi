@@ -1,5 +1,19 @@
 from typing import TypedDict
 
+from torch import Tensor
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    /,
+) -> Tensor | None: ...
+
 class BuildInfo(TypedDict):
     version: str
     torch: str
@@ -23,6 +37,8 @@ class CudaCall(TypedDict):
     dropout: bool
     backward: bool
     mask_grad: bool
+    mask_broadcasts: bool  # of interest where mask_grad
+    deterministic: bool  # of interest where backward
     allow_tf32: bool
 
 class CudaKernel(TypedDict):

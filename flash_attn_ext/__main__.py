@@ -10,7 +10,7 @@ from tqdm import tqdm
 from . import _C, __version__
 from .warmup import compile_calls, standard_calls
 
-_DTYPES = ("float16", "bfloat16")
+_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def info() -> None:

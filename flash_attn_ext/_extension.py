@@ -21,8 +21,8 @@ def _load() -> ModuleType:
     spec = importlib.util.find_spec("flash_attn_ext._C")
     if spec is None or spec.origin is None:
         raise ImportError(f"flash_attn_ext is not built for this Python. {_REBUILD}")
-    # module.cpp has this text. What follows a "+" (cpu, cu130) does not matter: the binding uses
-    # nothing but the CPU libraries.
+    # module.cpp has this text. What follows a "+" (cpu, cu130) does not matter: the binding is
+    # linked with none of the CUDA libraries.
     match = re.search(rb"built for torch ([\w.]+)", Path(spec.origin).read_bytes())
     built_for = match[1].decode() if match else "an unknown version"
     if built_for != torch.__version__.split("+")[0]:

@@ -89,6 +89,8 @@ def _cuda_call(call: Call) -> CudaCall:
         "dropout": call.dropout_p > 0,
         "backward": any(x is not None and x.requires_grad for x in tensors),
         "mask_grad": call.mask is not None and call.mask.requires_grad,
+        "mask_broadcasts": False,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "allow_tf32": False,
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import checks
+from . import _C, checks
 from .ops import attention
 
 
@@ -61,6 +61,13 @@ def scaled_dot_product_attention(
     See Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023);
     :mod:`flash_attn_ext.series` walks through it.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        out = _C.attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )  # None: not one of the plain calls that need none of what follows
+        if out is not None:
+            return out
+
     if has_torch_function_variadic(query, key, value, attn_mask) or _is_nested(query):
         arguments = (query, key, value, attn_mask, dropout_p, is_causal)
         options = {"scale": scale, "enable_gqa": enable_gqa}

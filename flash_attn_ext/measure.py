@@ -44,15 +44,19 @@ def take_turns(
     seconds: float = 2.0,
     min_rounds: int = 5,
     max_rounds: int = 200,
+    sample_seconds: float = 0.0,
+    rest: float = 0.0,
 ) -> dict[str, Samples]:
-    """Times the peers side by side: every round runs each of them once, the first one rotating.
+    """Times the peers side by side: every round takes a sample of each, the first one rotating.
 
-    After a warm-up, rounds go on until `seconds` are spent, within the given bounds.
+    A sample is one call, or as many as take about `sample_seconds`, and comes after a `rest`, in
+    seconds. After a warm-up, rounds go on until `seconds` are spent, within the given bounds.
     """
     elapsed = _elapsed_cuda if torch.device(device).type == "cuda" else _elapsed_cpu
-    for _ in range(2):
-        for call in peers.values():
-            elapsed(call)
+    calls = dict.fromkeys(peers, 1)
+    for _ in range(3):
+        for name, call in peers.items():
+            calls[name] = max(1, round(sample_seconds / elapsed(call, 1)))
 
     names = list(peers)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -61,24 +65,30 @@ def take_turns(
         if done >= min_rounds and time.perf_counter() > deadline:
             break
         for name in names:
-            samples[name].append(elapsed(peers[name]))
+            time.sleep(rest)
+            samples[name].append(elapsed(peers[name], calls[name]))
         names.append(names.pop(0))
     return {name: Samples(samples[name]) for name in peers}
 
 
-def _elapsed_cpu(call: Callable[[], object]) -> float:
+def _elapsed_cpu(call: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
 
 
-def _elapsed_cuda(call: Callable[[], object]) -> float:
+def _elapsed_cuda(call: Callable[[], object], calls: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # The GPU waits about half a millisecond, in which the host gets ahead of it: what counts is
+    # the time of the kernels, not that of their launches.
+    torch.cuda._sleep(1_000_000)
     start.record()
-    call()
+    for _ in range(calls):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 class PeakMemory:

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 def standard_calls(
-    dtypes: Iterable[str] = ("float16", "bfloat16"), head_dims: Iterable[int] = (64, 128)
+    dtypes: Iterable[str] = ("float16", "bfloat16", "float32"),
+    head_dims: Iterable[int] = (64, 128, 256),
 ) -> Iterator[CudaCall]:
     """What most models call attention with: causal or not, each with dropout or a mask, or without.
 
-    Each as a forward and as a backward.
+    Each as a forward and, but for float32, as a backward.
     """
     for dtype in dtypes:
         for head_dim in head_dims:
+            if dtype == "float32" and head_dim > 128:
+                continue  # rare, and a few bytes short of registers
             plain: CudaCall = {
                 "dtype": dtype,
                 "head_dim": head_dim,
@@ -32,6 +35,8 @@ def standard_calls(
                 "dropout": False,
                 "backward": False,
                 "mask_grad": False,
+                "mask_broadcasts": False,
+                "deterministic": False,
                 "allow_tf32": False,
             }
             for features in (
@@ -43,8 +48,15 @@ def standard_calls(
                 {"mask": dtype},
             ):
                 yield plain | features
-                yield plain | features | {"backward": True}
-            yield plain | {"mask": dtype, "backward": True, "mask_grad": True}
+                if dtype != "float32":
+                    yield plain | features | {"backward": True}
+            if dtype == "float32":
+                continue
+            learned = {"mask": dtype, "backward": True, "mask_grad": True}
+            yield plain | learned
+            yield plain | learned | {"mask_broadcasts": True}
+            yield plain | learned | {"mask_broadcasts": True, "deterministic": True}
+            yield plain | {"window": True, "backward": True, "deterministic": True}
             for features in ({}, {"window": True}):
                 yield plain | features | {"seq_q": 512}
 

@@ -10,6 +10,9 @@ import torch
 
 from flash_attn_ext import _C
 
+# Without it, PyTorch's matrix products on a GPU refuse torch.use_deterministic_algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 SEED_VARIABLE = "FLASH_ATTN_EXT_TEST_SEED"
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +19,8 @@ Tensor = torch.Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NO_LIMIT = -1
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
 def kernel_attention(
@@ -294,10 +298,30 @@ def errors_of_what_is_kept(
     return {"out": 0.0, **errors}
 
 
+@contextmanager
+def deterministic_algorithms():
+    """On a GPU, only then do gradients have the same bits every run."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name, expected in b.items():
         assert torch.equal(a[name], expected), f"{name}: {max_abs(a[name] - expected):.3g} apart"
+
+
+def assert_agree(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """The same results up to the order in which the CUDA backward's blocks add up their dQ."""
+    assert a.keys() == b.keys()
+    assert torch.equal(a["out"], b["out"]), f"out: {max_abs(a['out'] - b['out']):.3g} apart"
+    for name, expected in b.items():
+        error, largest = max_abs(a[name].double() - expected), max_abs(expected)
+        allowed = (4 * EPS[expected.dtype] + 32 * EPS[torch.float32]) * largest
+        assert error <= allowed, f"{name}: {error:.3g} apart, largest value {largest:.3g}"
 
 
 # --- layouts ---------------------------------------------------------------------------------

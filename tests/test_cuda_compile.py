@@ -32,7 +32,8 @@ def test_standard_list(arch, capsys):
 
 
 def describe(call, kernel) -> str:
-    features = [name for name in ("window", "dropout", "mask_grad") if call[name]]
+    names = ("window", "dropout", "mask_grad", "mask_broadcasts", "deterministic")
+    features = [name for name in names if call[name]]
     if call["mask"]:
         features.append(f"{call['mask']} mask")
     tile = f"{kernel['block_m']}x{kernel['block_n']}x{kernel['threads']}"
@@ -44,6 +45,8 @@ def describe(call, kernel) -> str:
 
 def resources(log: str) -> tuple[int, int]:
     """Registers, and bytes of local memory: a spill, or an array that did not fit registers."""
+    if "registers" not in log:
+        pytest.skip("this NVRTC keeps the report of ptxas to itself")
     (registers,) = re.findall(r"Used (\d+) registers", log)
     (stack,) = re.findall(r"(\d+) bytes stack frame", log)
     return int(registers), int(stack)

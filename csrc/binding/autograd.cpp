@@ -63,6 +63,10 @@ struct Attention : torch::autograd::Function<Attention> {
                                             ctx->needs_input_grad(2),
                                             mask && ctx->needs_input_grad(3)};
         const auto &options = ctx->saved_data;
+        // Autograd would look at every argument only to find that none is differentiated again.
+        std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+        if (!at::GradMode::is_enabled())
+            below_autograd.emplace();
         const auto [dq, dk, dv, dmask] =
             op.call(grad_outputs[0], saved[0], saved[1], saved[2], mask, rng_state, saved[5],
                     saved[6], options.at("scale").toDouble(), options.at("window_left").toSymInt(),

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../flash_attention.h"
+#include "fast_path.h"
 
 namespace py = pybind11;
 
@@ -117,8 +118,11 @@ fa_params params_of(const py::dict &call) {
     if (get("backward").cast<bool>()) {
         p.dq = p.dk = p.q;
         p.dv = p.dout = p.v;
-        if (get("mask_grad").cast<bool>())
-            p.dmask.data = nothing;
+        p.deterministic = get("deterministic").cast<bool>();
+        if (get("mask_grad").cast<bool>()) {
+            const int stride = get("mask_broadcasts").cast<bool>() ? 0 : 1;
+            p.dmask = {nothing, stride, stride, stride, stride};
+        }
     }
     return p;
 }
@@ -155,10 +159,19 @@ py::list cuda_compile(const py::dict &call, int arch) {
     return kernels;
 }
 
+// Past pybind11, whose own calls cost as much as the whole of the fast path.
+PyMethodDef methods[] = {
+    {"attention", reinterpret_cast<PyCFunction>(flash_attn_ext::attention), METH_FASTCALL,
+     "scaled_dot_product_attention for plain calls; None: not such a call."},
+    {},
+};
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled part of flash_attn_ext: operators, and facts about the build.";
+    if (PyModule_AddFunctions(m.ptr(), methods) != 0)
+        throw py::error_already_set();
     m.def("isa", isa, "Name of the instruction set that the CPU kernels use.");
     m.def("isa_list", isa_list,
           "(name, usable on this machine) of every instruction set compiled in, best first.");

@@ -2,11 +2,13 @@
 // and described in a fa_params here; all that reaches the kernels is valid.
 #include "ops.h"
 
+#include <algorithm>
 #include <limits>
 
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -76,6 +78,8 @@ int64_t broadcast_stride(const Tensor &mask, int64_t dim) {
 Tensor empty_gradient(const Tensor &t, bool wanted) {
     if (!wanted)
         return at::empty({0}, t.options());
+    if (rows_are_contiguous(t) && t.is_non_overlapping_and_dense()) // what empty_like finds out
+        return at::empty_strided(t.sizes(), t.strides(), t.options());
     const Tensor grad = at::empty_like(t);
     return rows_are_contiguous(grad) ? grad : at::empty(t.sizes(), t.options());
 }
@@ -201,8 +205,11 @@ BackwardInputs::BackwardInputs(const Tensor &grad_out_, const Tensor &out_, cons
 std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch) {
     const auto &[q, k, v] = std::tie(inputs.q, inputs.k, inputs.v);
     // [B, Hq, Sq, Dv] on memory [B, Sq, Hq, Dv]: joining the heads afterwards needs no copy.
-    const Tensor out =
-        at::empty({q.size(0), q.size(2), q.size(1), v.size(3)}, q.options()).transpose(1, 2);
+    const auto at_least_1 = [](int64_t size) { return std::max<int64_t>(size, 1); };
+    const int64_t heads = at_least_1(q.size(1)), dim_v = at_least_1(v.size(3));
+    const Tensor out = at::empty_strided(
+        {q.size(0), q.size(1), q.size(2), v.size(3)},
+        {at_least_1(q.size(2)) * heads * dim_v, dim_v, heads * dim_v, 1}, q.options());
     const Tensor lse = at::empty(inputs.lse_sizes(), q.options().dtype(acc_dtype(q)));
     if (inputs.no_scores()) {
         out.zero_();

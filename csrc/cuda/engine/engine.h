@@ -33,6 +33,8 @@ enum fa_cuda_kernel {
     FA_CUDA_PREPARE,
     FA_CUDA_BACKWARD,
     FA_CUDA_CONVERT,
+    FA_CUDA_BACKWARD_DQ,
+    FA_CUDA_BACKWARD_MASK,
     FA_CUDA_FORWARD_SM90,
 };
 
@@ -46,25 +48,26 @@ struct fa_cuda_variant {
     uint8_t mask;      /* 0 none, 1 bool, 2 of dtype, 3 float32 */
     uint8_t window;    /* some scores are hidden by it */
     uint8_t dropout;   /* dropout_p > 0 */
-    uint8_t mask_grad; /* dmask is wanted */
+    uint8_t mask_grad; /* 0 none, 1 added up atomically, 2 stored, for it broadcasts nothing */
 
-    /* forward_sm90: buffers of K and V, and of Q; whether warpgroups take turns; FA_MASK_TILES */
-    uint8_t stages, q_buffers, ping_pong, mask_tiles;
+    /* forward_sm90: buffers of Q; whether warpgroups take turns; FA_MASK_TILES */
+    uint8_t q_buffers, ping_pong;
+    uint16_t mask_tiles;
 
     uint16_t head_dim, head_dim_v;
-    uint16_t block_m, block_n, threads;
+    uint16_t block_m, block_n, threads, stages;
     uint16_t arch; /* 90: compute capability 9.0 */
 };
-_Static_assert(sizeof(struct fa_cuda_variant) == 24, "no padding: it is compared as bytes");
+_Static_assert(sizeof(struct fa_cuda_variant) == 26, "no padding: it is compared as bytes");
 
 /* One launch of a call. */
 struct fa_cuda_step {
     struct fa_cuda_variant variant;
     int blocks; /* thread blocks for each head */
-    int heads;  /* heads of queries, or of keys in the backward */
+    int heads;  /* heads of queries, or of keys in the main kernel of the backward */
     unsigned shared_bytes;
 };
-enum { FA_CUDA_MAX_STEPS = 3 };
+enum { FA_CUDA_MAX_STEPS = 4 };
 
 /* Farther than a sequence may be long; sums of two such distances fit an int. */
 enum { FA_CUDA_FAR = 1 << 29 };

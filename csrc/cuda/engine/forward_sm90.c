@@ -102,7 +102,7 @@ int fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
         return 0;
     v->kernel = FA_CUDA_FORWARD_SM90;
     v->stages = STAGES;
-    v->mask_tiles = (uint8_t)mask_tiles(p, v->mask);
+    v->mask_tiles = (uint16_t)mask_tiles(p, v->mask);
     if (!choose_tile(p, v)) {
         v->mask_tiles = 0;
         choose_tile(p, v);

@@ -17,9 +17,10 @@ enum { BUCKETS = 1024 };
 static _Atomic(struct entry *) buckets[BUCKETS];
 
 static _Atomic(struct entry *) *bucket_of(const struct fa_cuda_variant *v, int device) {
-    uint32_t words[sizeof *v / 4], hash = (uint32_t)device;
+    uint16_t words[sizeof *v / 2];
+    uint32_t hash = (uint32_t)device;
     memcpy(words, v, sizeof *v);
-    for (size_t i = 0; i < sizeof *v / 4; i++)
+    for (size_t i = 0; i < sizeof *v / 2; i++)
         hash = (hash ^ words[i]) * 0x9E3779B1u, hash ^= hash >> 15;
     return &buckets[hash % BUCKETS];
 }
@@ -53,6 +54,9 @@ static enum fa_status load(const struct fa_cuda_step *step, int device, int comp
     if (!error)
         error = cuda->cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                            (int)step->shared_bytes, *function, device);
+    if (!error && step->shared_bytes > 0) /* room for as many blocks as the registers allow */
+        error = cuda->cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100,
+                                           *function, device);
     if (error) {
         cuda->cuLibraryUnload(library);
         return fa_cuda_driver_error(fa_cuda_entry(v), error);

@@ -149,23 +149,32 @@ enum fa_status fa_cuda_forward(const struct fa_params *p) {
     return run(p, &k);
 }
 
-/* delta [B, Hq, Sq], then, where it is wanted, the sum of dq [B, Hq, Sq, D]; both float. */
-static size_t delta_bytes(const struct fa_params *p) {
-    return ((size_t)(p->batch * p->heads_q * p->seq_q) * sizeof(float) + 63) / 64 * 64;
+/* The workspace: row_stats, then, where blocks add it up, the sum of dq (kernels/workspace.cuh). */
+static size_t round_up(int64_t n, int64_t multiple) {
+    return (size_t)((n + multiple - 1) / multiple * multiple);
+}
+
+static size_t stats_bytes(const struct fa_params *p) {
+    return (size_t)(p->batch * p->heads_q) * round_up(p->seq_q, FA_STATS_ROWS) * 2 * sizeof(float);
+}
+
+static int has_dq_sum(const struct fa_params *p) {
+    return p->dq.data && !p->deterministic;
 }
 
 size_t fa_cuda_backward_workspace(const struct fa_params *p) {
-    const size_t rows = (size_t)(p->batch * p->heads_q * p->seq_q);
-    return delta_bytes(p) + (p->dq.data ? rows * (size_t)p->head_dim * sizeof(float) : 0);
+    const size_t dq_sum = (size_t)(p->batch * p->heads_q) * round_up(p->seq_q, 16) *
+                          round_up(p->head_dim, 16) * sizeof(float);
+    return stats_bytes(p) + (has_dq_sum(p) ? dq_sum : 0);
 }
 
 enum fa_status fa_cuda_backward(const struct fa_params *p) {
     if (p->workspace_bytes < fa_cuda_backward_workspace(p))
         return fa_cuda_fail(FA_INVALID, "workspace_bytes: too small");
     struct fa_kernel_params k = describe(p);
-    k.delta = p->workspace;
-    if (p->dq.data)
-        k.dq_sum = (float *)((char *)p->workspace + delta_bytes(p));
+    k.row_stats = p->workspace;
+    if (has_dq_sum(p))
+        k.dq_sum = (float *)((char *)p->workspace + stats_bytes(p));
     return run(p, &k);
 }
 

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "../kernels/params.h"
 #include "engine.h"
 
 static const struct {
@@ -12,6 +13,8 @@ static const struct {
     [FA_CUDA_PREPARE] = {"backward_prepare.cu", "fa_backward_prepare"},
     [FA_CUDA_BACKWARD] = {"backward_sm80.cu", "fa_backward"},
     [FA_CUDA_CONVERT] = {"backward_convert.cu", "fa_backward_convert"},
+    [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
+    [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
     [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
 };
 
@@ -22,80 +25,145 @@ const char *fa_cuda_entry(const struct fa_cuda_variant *v) {
     return kernels[v->kernel].entry;
 }
 
-/* Tiles of block_m queries x block_n keys, worked on by `threads`. The first row of a kernel that
- * has room for the head size, and whose tiles fit into the shared memory of a block, is taken. */
+/* What products are made of: kernels/operand.cuh. */
+enum operand { HALF, TF32, TWO_TF32 };
+
+enum { MASK = 1, DROPOUT = 2 };
+
+/* Tiles of block_m queries x block_n keys, worked on by `threads`, with room for `stages` tiles of
+ * what passes by. The first row is taken that is for the kernel, the operand and the features, has
+ * room for the head size and fits `resident` times into the shared memory of a multiprocessor. */
 static const struct tile {
-    int kernel, max_head_dim; /* the larger of D and Dv */
-    int block_m, block_n, threads;
+    int kernel;
+    enum operand operand;
+    int max_head_dim; /* the larger of D and Dv */
+    int without;      /* only calls without these: addresses and numbers that take registers */
+    int block_m, block_n, threads, stages, resident;
 } tiles[] = {
-    /* 8 warps of 16 queries: a thread holds (Dv + block_n) / 2 registers of O and S. */
-    {FA_CUDA_FORWARD, 256, 128, 64, 256},
-    /* What fits into the 99 KiB of sm_86, sm_89 and sm_120. */
-    {FA_CUDA_FORWARD, 256, 64, 64, 128},
+    /* 4 warps of 32 queries: each operand that a warp loads of K and V serves two products, else
+     * shared memory is the limit. A thread holds Dv registers of O, block_n of S and block_n / 4 of
+     * P, of 255, with Q among them up to 64. Two blocks: one multiplies, one is at its softmax. */
+    {FA_CUDA_FORWARD, HALF, 64, 0, 128, 64, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 64, 0, 128, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 128, MASK | DROPOUT, 128, 64, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 0, 128, 48, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, MASK | DROPOUT, 128, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 0, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
+    /* 4 warps of 16 queries: half of that. */
+    {FA_CUDA_FORWARD, HALF, 256, MASK | DROPOUT, 64, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 256, 0, 64, 32, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 256, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
+    /* P takes block_n / 2. */
+    {FA_CUDA_FORWARD, TF32, 64, 0, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TF32, 64, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TF32, 128, MASK | DROPOUT, 128, 32, 128, 1, 2},
+    {FA_CUDA_FORWARD, TF32, 128, 0, 128, 16, 128, 1, 2},
+    {FA_CUDA_FORWARD, TF32, 128, 0, 64, 32, 128, 1, 2},
+    {FA_CUDA_FORWARD, TF32, 128, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 2},
+    {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 1}, /* 99 KiB */
+    /* Twice the operands, and sums on their way to O; but three products for each operand. */
+    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
+    {FA_CUDA_FORWARD, TWO_TF32, 256, 0, 64, 16, 128, 1, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 256, 0, 64, 16, 128, 1, 1}, /* 99 KiB */
 
-    /* A warp for 16 keys: a thread holds (D + Dv) / 2 registers of dK and dV, block_m of S and dP.
-     */
-    {FA_CUDA_BACKWARD, 64, 64, 128, 256},
-    {FA_CUDA_BACKWARD, 128, 32, 128, 256},
-    {FA_CUDA_BACKWARD, 128, 32, 64, 128}, /* 99 KiB */
+    /* A thread of 256 holds (D + Dv) block_n / 256 registers of dK and dV, block_m block_n / 128 of
+     * S and dP, and block_m D / 256 of dQ. Two stages for 227 KiB; then what fits into the 163 KiB
+     * of sm_80 and the 99 KiB of sm_86, sm_89 and sm_120. */
+    {FA_CUDA_BACKWARD, HALF, 64, MASK, 128, 128, 256, 2, 1},
+    {FA_CUDA_BACKWARD, HALF, 64, 0, 64, 128, 256, 2, 1},
+    {FA_CUDA_BACKWARD, HALF, 64, 0, 64, 128, 256, 1, 1},
+    {FA_CUDA_BACKWARD, HALF, 128, 0, 64, 128, 256, 2, 1},
+    {FA_CUDA_BACKWARD, HALF, 128, 0, 64, 128, 256, 1, 1},
+    {FA_CUDA_BACKWARD, HALF, 128, 0, 64, 64, 256, 1, 1},
+    {FA_CUDA_BACKWARD, HALF, 256, 0, 64, 64, 256, 2, 1},
+    {FA_CUDA_BACKWARD, HALF, 256, 0, 64, 64, 256, 1, 1},
+    {FA_CUDA_BACKWARD, HALF, 256, 0, 32, 32, 128, 1, 1},
 
-    /* A warp for each row, a few rows for each warp. */
-    {FA_CUDA_PREPARE, 256, 64, 0, 256},
-    {FA_CUDA_CONVERT, 256, 64, 0, 256},
+    /* A warp for 16 queries: a thread holds D / 2 registers of dQ and block_n of S and dP. */
+    {FA_CUDA_BACKWARD_DQ, HALF, 128, 0, 128, 64, 256, 2, 1},
+    {FA_CUDA_BACKWARD_DQ, HALF, 128, 0, 64, 64, 128, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, HALF, 256, MASK, 128, 64, 256, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, HALF, 256, MASK, 64, 64, 128, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, HALF, 256, 0, 64, 32, 128, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, HALF, 256, 0, 32, 32, 64, 1, 1},
+    {FA_CUDA_BACKWARD_MASK, HALF, 256, 0, 64, 32, 128, 1, 1},
+    {FA_CUDA_BACKWARD_MASK, HALF, 256, 0, 32, 32, 64, 1, 1},
+
+    {FA_CUDA_PREPARE, HALF, 256, 0, FA_STATS_ROWS, 0, 256, 0, 1},
+    {FA_CUDA_CONVERT, HALF, 256, 0, 64, 0, 256, 0, 1},
 };
+
+static enum operand operand_of(const struct fa_params *p) {
+    return p->dtype != FA_FLOAT32 ? HALF : p->allow_tf32 ? TF32 : TWO_TF32;
+}
 
 static int round_up_16(int n) {
     return (n + 15) / 16 * 16;
-}
-
-/* Bytes of `rows` rows in shared memory: Tile<rows, cols> of kernels/tile.cuh. */
-static int tile_bytes(int rows, int cols) {
-    return rows * (round_up_16(cols) * 2 + 16);
 }
 
 static int max(int a, int b) {
     return a > b ? a : b;
 }
 
+/* Bytes of `rows` rows in shared memory: Tile<rows, cols> of kernels/tile.cuh. */
+static int tile_bytes(const struct tile *t, int rows, int cols) {
+    return rows * (round_up_16(cols) * (t->operand == HALF ? 2 : 4) + 16);
+}
+
 /* What a kernel takes as dynamic shared memory. */
 static int shared_bytes(const struct tile *t, int head_dim, int head_dim_v) {
+    const int keys = tile_bytes(t, t->block_n, head_dim) + tile_bytes(t, t->block_n, head_dim_v);
+    const int queries = tile_bytes(t, t->block_m, head_dim) + tile_bytes(t, t->block_m, head_dim_v);
     switch (t->kernel) {
-    case FA_CUDA_FORWARD: /* Q, K, V; O in their place */
-        return max(tile_bytes(t->block_m, head_dim) + tile_bytes(t->block_n, head_dim) +
-                       tile_bytes(t->block_n, head_dim_v),
-                   tile_bytes(t->block_m, head_dim_v));
-    case FA_CUDA_BACKWARD: /* K, V, dS, and two of Q and dO */
-        return tile_bytes(t->block_n, head_dim) + tile_bytes(t->block_n, head_dim_v) +
-               tile_bytes(t->block_n, t->block_m) +
-               2 * (tile_bytes(t->block_m, head_dim) + tile_bytes(t->block_m, head_dim_v));
+    case FA_CUDA_FORWARD: /* Q, stages of K and V; O in their place */
+        return max(tile_bytes(t, t->block_m, head_dim) + t->stages * keys,
+                   tile_bytes(t, t->block_m, head_dim_v));
+    case FA_CUDA_BACKWARD: /* K, V, P, dS, and the stages of Q, dO and their row_stats */
+        return keys + 2 * tile_bytes(t, t->block_n, t->block_m) +
+               t->stages * (queries + t->block_m * 2 * (int)sizeof(float));
+    case FA_CUDA_BACKWARD_DQ: /* Q, dO, and the stages of K and V */
+    case FA_CUDA_BACKWARD_MASK:
+        return queries + t->stages * keys;
+    case FA_CUDA_CONVERT: /* dQ */
+        return tile_bytes(t, t->block_m, head_dim);
     default:
         return 0;
     }
 }
 
-/* The most that a kernel declares besides: lse and delta of two tiles of queries. */
-enum { STATIC_SHARED = 1024 };
+/* What a block takes besides, at most: sums over the queries of four warps that a kernel declares,
+ * and 1 KiB of the system. */
+enum { OTHER_SHARED = 2048 };
 
-/* The most that a block may have (CUDA C++ Programming Guide, technical specifications). */
+/* What a multiprocessor has (CUDA C++ Programming Guide, technical specifications). */
 static int shared_limit(int arch) {
     switch (arch) {
     case 80:
     case 87:
-        return 163 << 10;
+        return 164 << 10;
     case 86:
     case 89:
-        return 99 << 10;
+        return 100 << 10;
     default:
-        return arch / 10 == 12 ? 99 << 10 : 227 << 10;
+        return arch / 10 == 12 ? 100 << 10 : 228 << 10;
     }
 }
 
 static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch) {
     const int head_dim = (int)p->head_dim, head_dim_v = (int)p->head_dim_v;
+    const int features = (p->mask.data ? MASK : 0) | (p->dropout_p > 0 ? DROPOUT : 0);
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
-        if (t->kernel == kernel && max(head_dim, head_dim_v) <= t->max_head_dim &&
-            shared_bytes(t, head_dim, head_dim_v) + STATIC_SHARED <= shared_limit(arch))
+        if (t->kernel == kernel && t->operand == operand_of(p) &&
+            max(head_dim, head_dim_v) <= t->max_head_dim && !(t->without & features) &&
+            t->resident * (shared_bytes(t, head_dim, head_dim_v) + OTHER_SHARED) <=
+                shared_limit(arch))
             return t;
     }
     return NULL;
@@ -107,6 +175,19 @@ static int is_backward(const struct fa_params *p) {
 
 static int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
+}
+
+/* Whether several scores have the same element of the mask's gradient. */
+static int mask_grad_broadcasts(const struct fa_params *p) {
+    const struct fa_mask_grad *m = &p->dmask;
+    return (p->batch > 1 && !m->stride_batch) || (p->heads_q > 1 && !m->stride_head) ||
+           (p->seq_q > 1 && !m->stride_row) || (p->seq_k > 1 && !m->stride_col);
+}
+
+/* Blocks of FA_CUDA_BACKWARD_MASK for a head: tiles of the gradient. */
+static int64_t mask_grad_blocks(const struct fa_params *p, const struct tile *t) {
+    return (p->dmask.stride_row ? div_up(p->seq_q, t->block_m) : 1) *
+           (p->dmask.stride_col ? div_up(p->seq_k, t->block_n) : 1);
 }
 
 enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
@@ -128,17 +209,20 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
 
     REQUIRE(arch >= 80, FA_UNSUPPORTED, "the kernels need compute capability 8.0, this is %d.%d",
             arch / 10, arch % 10)
-    REQUIRE(p->dtype == FA_BFLOAT16 || p->dtype == FA_FLOAT16, FA_UNSUPPORTED,
-            "dtype: the CUDA kernels are for float16 and bfloat16")
+    REQUIRE(p->dtype != FA_FLOAT64 && (p->dtype != FA_FLOAT32 || !is_backward(p)), FA_UNSUPPORTED,
+            "dtype: the CUDA kernels are for float16, bfloat16 and, forward, float32")
     REQUIRE(p->head_dim > 0 && p->head_dim_v > 0 &&
                 find_tile(is_backward(p) ? FA_CUDA_BACKWARD : FA_CUDA_FORWARD, p, arch),
-            FA_UNSUPPORTED, "head size: the CUDA kernels are for 1 to 256, backward to 128")
+            FA_UNSUPPORTED, "head size: the CUDA kernels are for 1 to 256")
     REQUIRE(p->seq_q <= FA_CUDA_FAR && p->seq_k <= FA_CUDA_FAR &&
                 p->batch * p->heads_q * div_up(p->seq_q > p->seq_k ? p->seq_q : p->seq_k, 32) <=
                     INT_MAX,
             FA_UNSUPPORTED, "seq, heads, batch: too many for one launch")
-    REQUIRE(!p->deterministic || !is_backward(p), FA_UNSUPPORTED,
-            "deterministic: not in the CUDA backward")
+    REQUIRE(!p->dmask.data || !p->deterministic ||
+                p->batch * p->heads_q *
+                        mask_grad_blocks(p, find_tile(FA_CUDA_BACKWARD_MASK, p, arch)) <=
+                    INT_MAX,
+            FA_UNSUPPORTED, "mask: its gradient is too large for one launch")
     REQUIRE(p->softcap == 0, FA_UNSUPPORTED, "softcap: not in the CUDA kernels")
     REQUIRE(!p->alibi_slopes, FA_UNSUPPORTED, "alibi_slopes: not in the CUDA kernels")
     REQUIRE(!p->sinks, FA_UNSUPPORTED, "sinks: not in the CUDA kernels")
@@ -197,22 +281,26 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch)
                     .block_m = (uint16_t)t->block_m,
                     .block_n = (uint16_t)t->block_n,
                     .threads = (uint16_t)t->threads,
+                    .stages = (uint16_t)t->stages,
                     .arch = (uint16_t)arch},
         .blocks = (int)div_up(p->seq_q, t->block_m),
         .heads = (int)p->heads_q,
         .shared_bytes = (unsigned)shared_bytes(t, (int)p->head_dim, (int)p->head_dim_v),
     };
-    if (kernel == FA_CUDA_FORWARD || kernel == FA_CUDA_BACKWARD) {
+    if (kernel != FA_CUDA_PREPARE && kernel != FA_CUDA_CONVERT) {
         s.variant.tf32 = p->dtype == FA_FLOAT32 && p->allow_tf32;
         s.variant.mask = (uint8_t)mask_kind(p);
         s.variant.window = p->window_left >= 0 || p->window_right >= 0;
         s.variant.dropout = p->dropout_p > 0;
     }
     if (kernel == FA_CUDA_BACKWARD) {
-        s.variant.mask_grad = p->dmask.data != NULL;
+        if (p->dmask.data)
+            s.variant.mask_grad = !mask_grad_broadcasts(p) ? 2 : !p->deterministic;
         s.blocks = (int)div_up(p->seq_k, t->block_n);
         s.heads = (int)p->heads_k;
     }
+    if (kernel == FA_CUDA_BACKWARD_MASK)
+        s.blocks = (int)mask_grad_blocks(p, t);
     return s;
 }
 
@@ -227,7 +315,9 @@ int fa_cuda_plan(const struct fa_params *p, int arch,
     steps[count++] = step(FA_CUDA_PREPARE, p, arch);
     steps[count++] = step(FA_CUDA_BACKWARD, p, arch);
     if (p->dq.data)
-        steps[count++] = step(FA_CUDA_CONVERT, p, arch);
+        steps[count++] = step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch);
+    if (p->dmask.data && p->deterministic && mask_grad_broadcasts(p))
+        steps[count++] = step(FA_CUDA_BACKWARD_MASK, p, arch);
     return count;
 }
 
@@ -252,8 +342,8 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DBLOCK_M=%d", v->block_m);
     ADD("-DBLOCK_N=%d", v->block_n);
     ADD("-DTHREADS=%d", v->threads);
+    ADD("-DSTAGES=%d", v->stages);
     if (v->kernel == FA_CUDA_FORWARD_SM90) {
-        ADD("-DSTAGES=%d", v->stages);
         ADD("-DQ_BUFFERS=%d", v->q_buffers);
         ADD("-DPING_PONG=%d", v->ping_pong);
         ADD("-DFA_MASK_TILES=%d", v->mask_tiles);

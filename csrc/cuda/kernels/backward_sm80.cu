@@ -1,262 +1,424 @@
 /* The FlashAttention backward for sm_80 and up (Dao 2023, Algorithm 2), with mma.sync, ldmatrix and
  * cp.async.
  *
- * A block owns BLOCK_N keys of one key head, a warp 16 of them; the queries of every head of the
- * group pass by BLOCK_M at a time, two tiles in flight, so that dK and dV stay in registers until
- * they are finished. Scores are computed transposed, S^T = K Q^T: as accumulators P^T and dS^T have
- * the layout that the products with dO and Q want as their first operand. Only dQ = dS K sums over
- * the keys of all warps: dS goes through shared memory, and the blocks add up their dQ in global
- * memory, in float.
+ * A block owns BLOCK_N keys of one key head; the queries of every head of the group pass by BLOCK_M
+ * at a time, so that dK and dV stay in registers until they are finished. What limits the kernel is
+ * the bandwidth of shared memory, so a warp has large pieces of each product, in two dimensions:
  *
- * Compiled with the macros of forward_sm80.cu and FA_MASK_GRAD. */
+ *     S^T = K Q^T, dP^T = V dO^T    WARP_KEYS x WARP_QUERIES
+ *     dV += P^T dO, dK += dS^T Q    WARP_KEYS x a share of the columns
+ *     dQ = dS K                     DQ_ROWS x a share of the columns
+ *
+ * Scores are transposed because as accumulators P^T and dS^T have the layout that the products with
+ * dO and Q want as their first operand: a warp begins with its own queries, from registers, and
+ * finds those of the other warps in shared memory after the barrier. The sum of dQ over the keys of
+ * all blocks is made in global memory, in float.
+ *
+ * Compiled with the macros of forward_sm80.cu, STAGES (tiles of Q and of dO in shared memory: 2
+ * where there is room) and FA_MASK_GRAD (0 none, 1 added atomically because the mask broadcasts, 2
+ * stored). */
 #include "scores.cuh"
 #include "tile.cuh"
+#include "workspace.cuh"
 
 constexpr int WARPS = THREADS / 32;
-constexpr int QUERY_TILES = BLOCK_M / 8;
 constexpr int DEPTH = round_up_16(HEAD_DIM), DEPTH_V = round_up_16(HEAD_DIM_V);
-/* Warps for dQ: 16 queries each, and the columns shared by those that are left. */
-constexpr int DQ_ROWS = BLOCK_M / 16, DQ_SHARES = WARPS / DQ_ROWS;
-constexpr int DQ_PAIRS = (DEPTH / 16 + DQ_SHARES - 1) / DQ_SHARES; /* of 8 columns, in a share */
-static_assert(BLOCK_N == 16 * WARPS, "a warp has 16 keys");
-static_assert(WARPS % DQ_ROWS == 0, "dQ is shared evenly");
+/* 32 keys a warp, unless that leaves less than 16 queries. */
+constexpr int KEY_WARPS = BLOCK_M * BLOCK_N / WARPS >= 32 * 16 ? BLOCK_N / 32 : BLOCK_N / 16;
+constexpr int QUERY_WARPS = WARPS / KEY_WARPS;
+constexpr int WARP_KEYS = BLOCK_N / KEY_WARPS, WARP_QUERIES = BLOCK_M / QUERY_WARPS;
+constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
+/* Steps of a product at a time; of more, the compiler loads more ahead than it has registers for.
+ */
+constexpr int UNROLL = WARP_KEYS * WARP_QUERIES > 32 * 32 ? 2 : 4;
+static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
+/* Warps for dQ: 32 queries each, and the columns shared by those that are left. */
+constexpr int DQ_ROWS = 32, DQ_ROW_WARPS = BLOCK_M / DQ_ROWS, DQ_SHARES = WARPS / DQ_ROW_WARPS;
+static_assert(BLOCK_M % DQ_ROWS == 0 && WARPS % DQ_ROW_WARPS == 0, "dQ is shared");
+static_assert(FA_STATS_ROWS % BLOCK_M == 0, "row_stats are there for whole tiles");
 
 using KTile = Tile<BLOCK_N, HEAD_DIM>;
 using VTile = Tile<BLOCK_N, HEAD_DIM_V>;
 using QTile = Tile<BLOCK_M, HEAD_DIM>;
 using OTile = Tile<BLOCK_M, HEAD_DIM_V>;
-using STile = Tile<BLOCK_N, BLOCK_M>; /* dS^T */
+using PTile = Tile<BLOCK_N, BLOCK_M>; /* P^T, dS^T */
+
+/* A tile of queries in shared memory: Q, dO and row_stats. */
+constexpr int DO_OFFSET = QTile::BYTES, STATS_OFFSET = DO_OFFSET + OTile::BYTES;
+constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M * sizeof(float2);
+/* K, V, P, dS and the stages. */
+constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, STAGES_OFFSET = P_OFFSET + 2 * PTile::BYTES;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
-__shared__ float shared_lse[2][BLOCK_M], shared_delta[2][BLOCK_M];
 
-/* C = A B^T: 16 rows of A against all rows of B. */
+/* Columns of a product, in pairs of 8, divided among SHARES warps; the last may have less. */
+template <int COLS, int SHARES> struct Columns {
+    static constexpr int PAIRS = COLS / 16, SHARE = (PAIRS + SHARES - 1) / SHARES;
+    static constexpr int TILES = 2 * SHARE; /* accumulators of 8 columns in a warp */
+
+    int first; /* column */
+
+    __device__ __forceinline__ explicit Columns(int share) : first(share * SHARE * 16) {}
+    __device__ __forceinline__ bool has(int pair) const {
+        return PAIRS % SHARES == 0 || first + 16 * pair < COLS;
+    }
+};
+using DKColumns = Columns<DEPTH, QUERY_WARPS>;
+using DVColumns = Columns<DEPTH_V, QUERY_WARPS>;
+using DQColumns = Columns<DEPTH, DQ_SHARES>;
+
+/* Of a warp: keys x queries, as accumulators and as the first operand of the next product. */
+typedef float Scores[KEY_TILES][QUERY_TILES][4];
+typedef unsigned Operand[KEY_TILES][QUERY_TILES / 2][4];
+
+/* C = A B^T */
 template <class A, class B>
-static __device__ __forceinline__ void multiply_rows(float (&C)[QUERY_TILES][4], const A &a_tile,
-                                                     int first_row, const B &b_tile) {
+static __device__ __forceinline__ void multiply_rows(Scores &C, const A &a_tile, int first_row,
+                                                     const B &b_tile, int first_col) {
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
+    for (int k = 0; k < KEY_TILES; k++)
 #pragma unroll
-        for (int x = 0; x < 4; x++)
-            C[m][x] = 0;
-#pragma unroll 2
+        for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                C[k][m][x] = 0;
+#pragma unroll UNROLL
     for (int d = 0; d < A::WIDTH; d += 16) {
-        unsigned a[4];
-        a_tile.a(a, first_row, d);
+        unsigned a[KEY_TILES][4];
+#pragma unroll
+        for (int k = 0; k < KEY_TILES; k++)
+            a_tile.a(a[k], first_row + 16 * k, d);
 #pragma unroll
         for (int m = 0; m < QUERY_TILES; m += 2) {
             unsigned b[4];
-            b_tile.b_of_rows(b, 8 * m, d);
-            mma_16x8x16(C[m], a, b[0], b[1]);
-            mma_16x8x16(C[m + 1], a, b[2], b[3]);
-        }
-    }
-}
-
-/* C += P B, P in registers as the accumulators of an earlier product. */
-template <int TILES, class B>
-static __device__ __forceinline__ void
-multiply_columns(float (&C)[TILES][4], const float (&P)[QUERY_TILES][4], const B &b_tile) {
+            b_tile.b_of_rows(b, first_col + 8 * m, d);
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m += 2) {
-        const unsigned a[4] = {pack(P[m][0], P[m][1]), pack(P[m][2], P[m][3]),
-                               pack(P[m + 1][0], P[m + 1][1]), pack(P[m + 1][2], P[m + 1][3])};
-#pragma unroll
-        for (int d = 0; d < TILES; d += 2) {
-            unsigned b[4];
-            b_tile.b_of_cols(b, 8 * m, 8 * d);
-            mma_16x8x16(C[d], a, b[0], b[1]);
-            mma_16x8x16(C[d + 1], a, b[2], b[3]);
-        }
-    }
-}
-
-/* Rows of a gradient, from accumulators. */
-template <int TILES>
-static __device__ __forceinline__ void
-store_gradient(const fa_kernel_tensor &t, int b, int h, int first_row, int rows, int cols,
-               const float (&C)[TILES][4], float scale, int g, int lane) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int row = first_row + g + 8 * r;
-        if (row >= rows)
-            continue;
-        elem *to = row_of(t, b, h, row);
-#pragma unroll
-        for (int d = 0; d < TILES; d++) {
-            const int col = 8 * d + 2 * lane;
-            const unsigned pair = pack(C[d][2 * r] * scale, C[d][2 * r + 1] * scale);
-            if (FA_ALIGNED && col + 1 < cols) {
-                *(unsigned *)(to + col) = pair;
-            } else {
-                if (col < cols)
-                    to[col] = (elem)pair;
-                if (col + 1 < cols)
-                    to[col + 1] = (elem)(pair >> 16);
+            for (int k = 0; k < KEY_TILES; k++) {
+                mma_16x8x16(C[k][m], a[k], b[0], b[1]);
+                mma_16x8x16(C[k][m + 1], a[k], b[2], b[3]);
             }
         }
     }
 }
 
-/* The queries that a block has to look at: of every head of the group those that see its keys. */
-struct Queries {
-    int first, blocks, count; /* first query, blocks of a head, of all heads */
+/* C += A B, for 16 rows of B from first_row on. */
+template <int ROW_TILES, class Cols, class B>
+static __device__ __forceinline__ void
+multiply_step(float (&C)[ROW_TILES][Cols::TILES][4], const unsigned (&a)[ROW_TILES][4],
+              const B &b_tile, int first_row, const Cols &cols) {
+#pragma unroll
+    for (int d = 0; d < Cols::SHARE; d++) {
+        if (!cols.has(d))
+            continue;
+        unsigned b[4];
+        b_tile.b_of_cols(b, first_row, cols.first + 16 * d);
+#pragma unroll
+        for (int k = 0; k < ROW_TILES; k++) {
+            mma_16x8x16(C[k][2 * d], a[k], b[0], b[1]);
+            mma_16x8x16(C[k][2 * d + 1], a[k], b[2], b[3]);
+        }
+    }
+}
 
-    __device__ __forceinline__ Queries(const fa_kernel_params &p, int first_key) {
-        int begin = 0, end = p.seq_q;
+/* C += P^T B for the warp's own queries, from first_query on. */
+template <class Cols, class B>
+static __device__ __forceinline__ void multiply_own(float (&C)[KEY_TILES][Cols::TILES][4],
+                                                    const Operand &P, const B &b_tile,
+                                                    int first_query, const Cols &cols) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES / 2; m++) {
+        unsigned a[KEY_TILES][4];
+#pragma unroll
+        for (int k = 0; k < KEY_TILES; k++)
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                a[k][x] = P[k][m][x];
+        multiply_step<KEY_TILES>(C, a, b_tile, first_query + 16 * m, cols);
+    }
+}
+
+/* C += P^T B for the queries of the other warps, which come after those from first_query on. */
+template <class Cols, class B>
+static __device__ __forceinline__ void
+multiply_others(float (&C)[KEY_TILES][Cols::TILES][4], const PTile &P, int first_key,
+                const B &b_tile, int first_query, const Cols &cols) {
+#pragma unroll
+    for (int m = WARP_QUERIES; m < BLOCK_M; m += 16) {
+        const int query = (first_query + m) % BLOCK_M;
+        unsigned a[KEY_TILES][4];
+#pragma unroll
+        for (int k = 0; k < KEY_TILES; k++)
+            P.a(a[k], first_key + 16 * k, query);
+        multiply_step<KEY_TILES>(C, a, b_tile, query, cols);
+    }
+}
+
+/* From accumulators to a tile in shared memory. */
+template <class Cols, class T>
+static __device__ __forceinline__ void put_gradient(const T &tile, int first_row, const Cols &cols,
+                                                    const float (&C)[KEY_TILES][Cols::TILES][4],
+                                                    float scale, int g, int t) {
+#pragma unroll
+    for (int k = 0; k < KEY_TILES; k++)
+#pragma unroll
+        for (int d = 0; d < Cols::TILES; d++) {
+            if (!cols.has(d / 2))
+                continue;
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                tile.put(first_row + 16 * k + g + 8 * r, cols.first + 8 * d + 2 * t,
+                         pack(C[k][d][2 * r] * scale, C[k][d][2 * r + 1] * scale));
+        }
+}
+
+/* A tile of queries of a head. */
+struct QueryTile {
+    int h, i; /* first query */
+};
+
+/* The tiles that a block has to look at: of every head of the group those that see its keys. */
+struct QueryTiles {
+    int begin, end, first_head, end_head;
+
+    __device__ __forceinline__ QueryTiles(const fa_kernel_params &p, int hk, int first_key) {
+        const int group = p.heads_q / p.heads_k;
+        begin = 0, end = p.seq_q;
         if (FA_WINDOW) {
             begin = max(0, first_key - p.window_end + 1) / BLOCK_M * BLOCK_M;
             end = min(end, min(first_key + BLOCK_N, p.seq_k) - p.window_begin);
         }
-        first = begin;
-        blocks = max(0, (end - begin + BLOCK_M - 1) / BLOCK_M);
-        count = blocks * (p.heads_q / p.heads_k);
+        first_head = hk * group;
+        end_head = begin < end ? first_head + group : first_head;
     }
+    __device__ __forceinline__ QueryTile first() const { return {first_head, begin}; }
+    __device__ __forceinline__ QueryTile after(QueryTile tile) const {
+        tile.i += BLOCK_M;
+        return tile.i < end ? tile : QueryTile{tile.h + 1, begin};
+    }
+    __device__ __forceinline__ bool has(QueryTile tile) const { return tile.h < end_head; }
 };
 
-static __device__ __forceinline__ void load_queries(const fa_kernel_params &p, const QTile &Q,
-                                                    const OTile &dO, int stage, int b, int h,
-                                                    int i) {
-    Q.load(row_of(p.q, b, h, i), p.q.stride_row, p.seq_q - i);
-    dO.load(row_of(p.dout, b, h, i), p.dout.stride_row, p.seq_q - i);
-    if (threadIdx.x < BLOCK_M) {
-        const long long row = ((long long)b * p.heads_q + h) * p.seq_q + i + threadIdx.x;
-        const bool valid = i + (int)threadIdx.x < p.seq_q;
-        const float lse = valid ? p.lse[row] : NEGATIVE_INFINITY;
-        /* A row that attends to nothing, or is none: an infinite lse makes its P and dS zero. */
-        shared_lse[stage][threadIdx.x] = lse == NEGATIVE_INFINITY ? POSITIVE_INFINITY : lse * LOG2E;
-        shared_delta[stage][threadIdx.x] = valid ? p.delta[row] : 0;
-    }
+/* Begins to copy a tile of queries to a stage in shared memory. */
+static __device__ __forceinline__ void load_queries(unsigned stage, const fa_kernel_params &p,
+                                                    int b, QueryTile tile) {
+    const QTile Q{stage};
+    const OTile dO{stage + DO_OFFSET};
+    Q.load(row_of(p.q, b, tile.h, tile.i), p.q.stride_row, p.seq_q - tile.i);
+    dO.load(row_of(p.dout, b, tile.h, tile.i), p.dout.stride_row, p.seq_q - tile.i);
+    if (threadIdx.x < BLOCK_M / 2)
+        cp_async_16(stage + STATS_OFFSET + 16 * threadIdx.x,
+                    row_stats(p, b, tile.h, tile.i + 2 * threadIdx.x), 16);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    fa_backward(const __grid_constant__ fa_kernel_params p) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    /* Under a causal mask the first keys have the most queries: they start first. */
-    const int first_key = blockIdx.x % p.blocks * BLOCK_N, warp_key = 16 * warp;
-    const int hk = blockIdx.x / p.blocks % p.heads_k, b = blockIdx.x / p.blocks / p.heads_k;
-    const int group = p.heads_q / p.heads_k;
-
-    const KTile K{shared_address(shared_memory)};
-    const VTile V{K.address + KTile::BYTES};
-    const STile shared_dS{V.address + VTile::BYTES};
-    const unsigned stages = shared_dS.address + STile::BYTES;
-
-    float dK[DEPTH / 8][4] = {}, dV[DEPTH_V / 8][4] = {};
-    const Queries queries(p, first_key);
-    if (queries.count > 0) {
-        K.load(row_of(p.k, b, hk, first_key), p.k.stride_row, p.seq_k - first_key);
-        V.load(row_of(p.v, b, hk, first_key), p.v.stride_row, p.seq_k - first_key);
-        load_queries(p, QTile{stages}, OTile{stages + QTile::BYTES}, 0, b, hk * group,
-                     queries.first);
-    }
-    cp_async_commit();
-
-    for (int step = 0; step < queries.count; step++) {
-        const int stage = step % 2;
-        const QTile Q{stages + stage * (QTile::BYTES + OTile::BYTES)};
-        const OTile dO{Q.address + QTile::BYTES};
-        const int h = hk * group + step / queries.blocks;
-        const int query = queries.first + step % queries.blocks * BLOCK_M;
-        cp_async_wait<0>();
-        __syncthreads(); /* this stage is there, and nobody reads the other one or dS any more */
-        if (step + 1 < queries.count) {
-            const QTile next{stages + (1 - stage) * (QTile::BYTES + OTile::BYTES)};
-            load_queries(p, next, OTile{next.address + QTile::BYTES}, 1 - stage, b,
-                         hk * group + (step + 1) / queries.blocks,
-                         queries.first + (step + 1) % queries.blocks * BLOCK_M);
-        }
-        cp_async_commit();
-
-        float S[QUERY_TILES][4], dP[QUERY_TILES][4]; /* transposed: [keys][queries] */
-        multiply_rows(S, K, warp_key, Q);
-        multiply_rows(dP, V, warp_key, dO);
-
-        const bool cut = is_cut(p, query, BLOCK_M, first_key + warp_key, 16);
-        const Dropout dropout(p, b, h);
-        unsigned word[2][4];
+/* S becomes P = exp(S - lse), with its sign changed where dropout drops it. stats are those of the
+ * warp's first query. */
+static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_params &p,
+                                                    const float2 *stats, int b, int h,
+                                                    int first_query, int first_key, int g, int t) {
+    const bool cut = is_cut(p, first_query, WARP_QUERIES, first_key, WARP_KEYS);
+    const Dropout dropout(p, b, h);
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++) {
-            if (FA_DROPOUT && m % 2 == 0) {
-                /* The eight numbers of a position are those of two keys and of four queries; a
-                 * thread has two of these keys, and half of the queries, of two positions. */
+    for (int m = 0; m < QUERY_TILES; m += 2)
 #pragma unroll
-                for (int e = 0; e < 2; e++)
-                    dropout.draw(word[e], query + 8 * m, first_key + warp_key, 2 * t + e, g / 2);
-            }
+        for (int k = 0; k < KEY_TILES; k++) {
+            unsigned word[4];
+            if (FA_DROPOUT)
+                dropout.draw_transposed(word, first_query + 8 * m, first_key + 16 * k, g, t);
 #pragma unroll
-            for (int x = 0; x < 4; x++) {
-                const int column = 8 * m + 2 * t + x % 2;
-                const int i = query + column, j = first_key + warp_key + g + x / 2 * 8;
-                float s = S[m][x] * p.scale_log2e;
+            for (int x = 0; x < 8; x++) {
+                const int column = 8 * m + x / 4 * 8 + 2 * t + x % 2;
+                const int i = first_query + column, j = first_key + 16 * k + g + x % 4 / 2 * 8;
+                float &P = S[k][m + x / 4][x % 4];
+                float s = P * p.scale_log2e;
                 if (FA_MASK)
                     s += mask_value(p, mask_row(p.mask, b, h, min(i, p.seq_q - 1)),
                                     min(j, p.seq_k - 1));
                 if (cut && !is_visible(p, i, j))
                     s = NEGATIVE_INFINITY;
-                /* At most 1, also where scores are so large that lse has lost the difference. */
-                const float above = s - shared_lse[stage][column];
-                const float P = exp2_approx(above > 0 ? 0 : above); /* a NaN stays */
-                float kept = 1;
-                if (FA_DROPOUT) {
-                    const int number = m % 2 * 4 + x / 2 * 2 + g % 2;
-                    kept = Dropout::keeps(p, word[x % 2], number) ? p.dropout_scale : 0;
-                }
-                const float dS = P * (dP[m][x] * kept - shared_delta[stage][column]);
-                S[m][x] = P * kept;
-                dP[m][x] = dS;
-                if (FA_MASK_GRAD && i < p.seq_q && j < p.seq_k)
-                    atomicAdd((float *)p.dmask.data + mask_row(p.dmask, b, h, i) +
-                                  j * p.dmask.stride_col,
-                              dS);
+                P = probability(s, stats[column].x);
+                const int number = x % 2 * 4 + x / 4 * 2 + x % 4 / 2;
+                if (FA_DROPOUT && !Dropout::keeps(p, word, number))
+                    P = -P;
             }
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-                shared_dS.put(warp_key + g + 8 * r, 8 * m + 2 * t,
-                              pack(dP[m][2 * r], dP[m][2 * r + 1]));
         }
-        multiply_columns(dV, S, dO);
-        multiply_columns(dK, dP, Q);
+}
 
-        __syncthreads(); /* dS of all warps */
-        if (p.dq_sum) {
-            const int first_row = warp % DQ_ROWS * 16, first_pair = warp / DQ_ROWS * DQ_PAIRS;
-            float dQ[2 * DQ_PAIRS][4] = {};
-#pragma unroll 1
-            for (int n = 0; n < BLOCK_N; n += 16) {
-                unsigned a[4];
-                shared_dS.a_transposed(a, n, first_row);
+static __device__ __forceinline__ void add_to_mask_gradient(const fa_kernel_params &p,
+                                                            long long index, float dS) {
+    float *to = (float *)p.dmask.data + index;
+    if (FA_MASK_GRAD == 1)
+        atomicAdd(to, dS);
+    else
+        *to = dS;
+}
+
+/* dP becomes dS = P (dP - delta), and goes into the mask's gradient. */
+static __device__ __forceinline__ void differentiate(Scores &dP, const Scores &P,
+                                                     const fa_kernel_params &p, const float2 *stats,
+                                                     int b, int h, int first_query, int first_key,
+                                                     int g, int t) {
 #pragma unroll
-                for (int d = 0; d < DQ_PAIRS; d++) {
-                    if ((first_pair + d) * 16 >= DEPTH)
-                        continue;
-                    unsigned k[4];
-                    K.b_of_cols(k, n, 16 * (first_pair + d));
-                    mma_16x8x16(dQ[2 * d], a, k[0], k[1]);
-                    mma_16x8x16(dQ[2 * d + 1], a, k[2], k[3]);
-                }
+    for (int m = 0; m < QUERY_TILES; m++) {
+        const float delta[2] = {stats[8 * m + 2 * t].y, stats[8 * m + 2 * t + 1].y};
+#pragma unroll
+        for (int k = 0; k < KEY_TILES; k++)
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                const float P_x = FA_DROPOUT ? fabsf(P[k][m][x]) : P[k][m][x];
+                float &dS = dP[k][m][x];
+                if (FA_DROPOUT)
+                    dS = P[k][m][x] < 0 ? 0 : dS * p.dropout_scale;
+                dS = P_x * (dS - delta[x % 2]);
+                const int i = first_query + 8 * m + 2 * t + x % 2;
+                const int j = first_key + 16 * k + g + x / 2 * 8;
+                if (FA_MASK_GRAD && i < p.seq_q && j < p.seq_k)
+                    add_to_mask_gradient(p, mask_row(p.dmask, b, h, i) + j * p.dmask.stride_col,
+                                         dS);
             }
+    }
+}
+
+/* dV wants P after dropout, dK wants dS as it is. */
+template <bool IS_P>
+static __device__ __forceinline__ void to_operand(Operand &a, const Scores &C,
+                                                  const fa_kernel_params &p) {
+#pragma unroll
+    for (int k = 0; k < KEY_TILES; k++)
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int i = query + first_row + g + 8 * r;
-                if (i >= p.seq_q)
-                    continue;
-                float *to = p.dq_sum + (((long long)b * p.heads_q + h) * p.seq_q + i) * HEAD_DIM;
-#pragma unroll
-                for (int d = 0; d < 2 * DQ_PAIRS; d++) {
-                    const int col = 16 * first_pair + 8 * d + 2 * t;
-                    if (col < HEAD_DIM)
-                        atomicAdd(to + col, dQ[d][2 * r]);
-                    if (col + 1 < HEAD_DIM)
-                        atomicAdd(to + col + 1, dQ[d][2 * r + 1]);
+                float lo = C[k][m][2 * r], hi = C[k][m][2 * r + 1];
+                if (FA_DROPOUT && IS_P) {
+                    lo = lo < 0 ? 0 : lo * p.dropout_scale;
+                    hi = hi < 0 ? 0 : hi * p.dropout_scale;
                 }
+                a[k][m / 2][m % 2 * 2 + r] = pack(lo, hi);
             }
+}
+
+/* An operand of a warp to shared memory, for the others. */
+static __device__ __forceinline__ void put_operand(const PTile &tile, const Operand &P,
+                                                   int first_key, int first_query, int g, int t) {
+#pragma unroll
+    for (int k = 0; k < KEY_TILES; k++)
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                tile.put(first_key + 16 * k + g + 8 * r, first_query + 8 * m + 2 * t,
+                         P[k][m / 2][m % 2 * 2 + r]);
+}
+
+/* Adds a tile's dQ = dS K to the sum in global memory. */
+static __device__ __forceinline__ void add_dq(const fa_kernel_params &p, const PTile &dS,
+                                              const KTile &K, int b, int h, int query, int warp) {
+    const int first_row = warp % DQ_ROW_WARPS * DQ_ROWS;
+    const DQColumns cols(warp / DQ_ROW_WARPS);
+    float dQ[DQ_ROWS / 16][DQColumns::TILES][4] = {};
+#pragma unroll UNROLL
+    for (int n = 0; n < BLOCK_N; n += 16) {
+        unsigned a[DQ_ROWS / 16][4];
+#pragma unroll
+        for (int m = 0; m < DQ_ROWS / 16; m++)
+            dS.a_transposed(a[m], n, first_row + 16 * m);
+        multiply_step<DQ_ROWS / 16>(dQ, a, K, n, cols);
+    }
+#pragma unroll
+    for (int m = 0; m < DQ_ROWS / 16; m++) {
+        const int i = query + first_row + 16 * m;
+        if (i >= p.seq_q)
+            break;
+        float *row = dq_sum_tile(p, b, h, i, cols.first);
+#pragma unroll
+        for (int d = 0; d < DQColumns::TILES; d++) {
+            if (cols.has(d / 2))
+                add_to_dq_sum(row + d * DQ_TILE, dQ[m][d]);
         }
     }
-    cp_async_wait<0>();
+}
 
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    fa_backward(const __grid_constant__ fa_kernel_params p) {
+    const int warp = threadIdx.x / 32;
+    /* Under a causal mask the first keys have the most queries: they start first. */
+    const int first_key = blockIdx.x % p.blocks * BLOCK_N;
+    const int hk = blockIdx.x / p.blocks % p.heads_k, b = blockIdx.x / p.blocks / p.heads_k;
+    const int warp_key = warp / QUERY_WARPS * WARP_KEYS;
+    const int warp_query = warp % QUERY_WARPS * WARP_QUERIES;
+    const DKColumns dk_columns(warp % QUERY_WARPS);
+    const DVColumns dv_columns(warp % QUERY_WARPS);
+
+    const KTile K{shared_address(shared_memory)};
+    const VTile V{K.address + KTile::BYTES};
+    const PTile shared_P{K.address + P_OFFSET}, shared_dS{shared_P.address + PTile::BYTES};
+
+    const QueryTiles queries(p, hk, first_key);
+    const auto load = [&](int stage, QueryTile tile) { /* if there is one */
+                                                       if (queries.has(tile))
+                                                           load_queries(K.address + STAGES_OFFSET +
+                                                                            stage * STAGE_BYTES,
+                                                                        p, b, tile);
+                                                       cp_async_commit();
+    };
+
+    float dK[KEY_TILES][DKColumns::TILES][4] = {}, dV[KEY_TILES][DVColumns::TILES][4] = {};
+    QueryTile tile = queries.first();
+    if (queries.has(tile)) {
+        K.load(row_of(p.k, b, hk, first_key), p.k.stride_row, p.seq_k - first_key);
+        V.load(row_of(p.v, b, hk, first_key), p.v.stride_row, p.seq_k - first_key);
+    }
+    load(0, tile);
+
+    for (int stage = 0; queries.has(tile); stage = STAGES - 1 - stage) {
+        const int h = tile.h, query = tile.i;
+        tile = queries.after(tile);
+        const int offset = STAGES_OFFSET + stage * STAGE_BYTES;
+        const QTile Q{K.address + offset};
+        const OTile dO{Q.address + DO_OFFSET};
+        cp_async_wait<0>();
+        __syncthreads(); /* this tile is there; nobody reads the one before it any more, nor dS */
+        if (STAGES == 2)
+            load(1 - stage, tile);
+
+        const int lane = threadIdx.x % 32;
+        const int g = lane / 4, t = lane % 4;
+        const float2 *stats = (float2 *)(shared_memory + offset + STATS_OFFSET) + warp_query;
+        Operand operand;
+        Scores P, dS;
+        multiply_rows(P, K, warp_key, Q, warp_query);
+        exponentiate(P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
+        to_operand<true>(operand, P, p);
+        put_operand(shared_P, operand, warp_key, warp_query, g, t);
+        multiply_own(dV, operand, dO, warp_query, dv_columns);
+
+        multiply_rows(dS, V, warp_key, dO, warp_query);
+        differentiate(dS, P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
+        to_operand<false>(operand, dS, p);
+        put_operand(shared_dS, operand, warp_key, warp_query, g, t);
+        multiply_own(dK, operand, Q, warp_query, dk_columns);
+        __syncthreads(); /* P and dS of all warps are there */
+        multiply_others(dV, shared_P, warp_key, dO, warp_query, dv_columns);
+        multiply_others(dK, shared_dS, warp_key, Q, warp_query, dk_columns);
+        if (STAGES == 1) {
+            __syncthreads(); /* nobody reads Q and dO any more */
+            load(0, tile);
+        }
+        if (p.dq_sum)
+            add_dq(p, shared_dS, K, b, h, query, warp);
+    }
+    cp_async_wait<0>();
+    __syncthreads(); /* nobody reads K and V any more: dK and dV take their places */
+
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    put_gradient(K, warp_key, dk_columns, dK, p.scale, g, t);
+    put_gradient(V, warp_key, dv_columns, dV, 1, g, t);
+    __syncthreads();
+    const int rows = p.seq_k - first_key;
     if (p.dk.data)
-        store_gradient(p.dk, b, hk, first_key + warp_key, p.seq_k, HEAD_DIM, dK, p.scale, g, t);
+        K.store(row_of(p.dk, b, hk, first_key), p.dk.stride_row, rows, 0, BLOCK_N, threadIdx.x,
+                THREADS);
     if (p.dv.data)
-        store_gradient(p.dv, b, hk, first_key + warp_key, p.seq_k, HEAD_DIM_V, dV, 1, g, t);
+        V.store(row_of(p.dv, b, hk, first_key), p.dv.stride_row, rows, 0, BLOCK_N, threadIdx.x,
+                THREADS);
 }

@@ -1,6 +1,13 @@
-/* The 16-bit element type that a kernel is compiled for, and what arithmetic needs of it. */
+/* The element type that a kernel is compiled for, and what arithmetic needs of it. */
 #pragma once
 
+#if FA_DTYPE_FP32
+typedef float elem;
+
+static __device__ __forceinline__ float to_float(elem x) {
+    return x;
+}
+#else
 typedef unsigned short elem;
 
 /* Two floats, rounded to nearest, side by side; lo has the lower address. */
@@ -23,6 +30,7 @@ static __device__ __forceinline__ float to_float(elem x) {
     return f;
 #endif
 }
+#endif
 
 static __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -30,7 +38,15 @@ static __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+/* NaN if either is. */
+static __device__ __forceinline__ float min_nan(float x, float y) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+    return least;
+}
+
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
+#define LOWEST_FINITE __int_as_float(0xff7fffff)
 #define POSITIVE_INFINITY __int_as_float(0x7f800000)

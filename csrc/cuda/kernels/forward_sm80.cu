@@ -2,20 +2,33 @@
  * cp.async.
  *
  * A block owns BLOCK_M queries of one head, a warp WARP_TILES times 16 of them; keys and values
- * pass by BLOCK_N at a time. While the warps multiply with K, V of the same tile is on its way, and
- * while they multiply with V, the next K.
+ * pass by BLOCK_N at a time, the last ones first: under a causal mask these are the nearest, which
+ * mostly have the largest scores. With one stage, V of a tile is on its way while the warps
+ * multiply with its K, and the next K while they multiply with V; with two, all of the next tile
+ * is on its way.
  *
- * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, THREADS,
- * FA_ALIGNED, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_WINDOW, FA_DROPOUT. */
+ * Compiled with: FA_DTYPE_BF16, FA_DTYPE_FP16 or FA_DTYPE_FP32, FA_TF32 (of floats: one product in
+ * TF32, not three), HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, THREADS, STAGES, FA_ALIGNED, FA_MASK (0
+ * none, 1 bool, 2 dtype of q, 3 float), FA_WINDOW, FA_DROPOUT. */
+#include "operand.cuh"
 #include "scores.cuh"
+#include "softmax.cuh"
 #include "tile.cuh"
 
 constexpr int WARP_TILES = BLOCK_M / (THREADS / 32) / 16; /* of 16 queries */
-constexpr int KEY_TILES = BLOCK_N / 8;
+constexpr int KEY_TILES = BLOCK_N / 8, KEY_STEPS = BLOCK_N / MMA_DEPTH;
 constexpr int OUT_TILES = round_up_16(HEAD_DIM_V) / 8;
-constexpr int DEPTH = round_up_16(HEAD_DIM);
+constexpr int DEPTH_STEPS = round_up_16(HEAD_DIM) / MMA_DEPTH;
 static_assert(WARP_TILES * 16 * (THREADS / 32) == BLOCK_M, "a warp has whole tiles of queries");
 static_assert(BLOCK_N % 16 == 0, "keys come in pairs of tiles");
+
+/* How many steps of a product are unrolled: all, or one, since the compiler starts on later ones
+ * early, for which operands of two parts leave no registers. */
+constexpr int UNROLL = PARTS == 1 ? 64 : 1;
+
+/* Q stays in registers if there is room beside O, S and P of 16 rows. */
+constexpr bool KEEP_Q =
+    PARTS == 1 && WARP_TILES * 4 * (DEPTH_STEPS + OUT_TILES + KEY_TILES) + 4 * KEY_STEPS <= 190;
 
 using QTile = Tile<BLOCK_M, HEAD_DIM>;
 using KTile = Tile<BLOCK_N, HEAD_DIM>;
@@ -24,10 +37,21 @@ using OTile = Tile<BLOCK_M, HEAD_DIM_V>; /* takes the place of Q, K and V at the
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
+/* A column of tiles of Q: dimensions MMA_DEPTH step and on. */
+static __device__ __forceinline__ void load_queries(Operand (&a)[WARP_TILES], const QTile &Q,
+                                                    int first_row, int step) {
+#pragma unroll
+    for (int w = 0; w < WARP_TILES; w++) {
+        unsigned r[4];
+        Q.a(r, first_row + 16 * w, MMA_DEPTH * step);
+        a[w] = Operand(r);
+    }
+}
+
 /* S = Q K^T */
-static __device__ __forceinline__ void multiply_scores(float (&S)[WARP_TILES][KEY_TILES][4],
-                                                       const QTile &Q, const KTile &K,
-                                                       int first_row) {
+static __device__ __forceinline__ void
+multiply_scores(float (&S)[WARP_TILES][KEY_TILES][4], const QTile &Q, int first_row,
+                const Operand (&kept)[KEEP_Q ? DEPTH_STEPS : 1][WARP_TILES], const KTile &K) {
 #pragma unroll
     for (int w = 0; w < WARP_TILES; w++)
 #pragma unroll
@@ -35,53 +59,130 @@ static __device__ __forceinline__ void multiply_scores(float (&S)[WARP_TILES][KE
 #pragma unroll
             for (int x = 0; x < 4; x++)
                 S[w][n][x] = 0;
-#pragma unroll
-    for (int d = 0; d < DEPTH; d += 16) {
-        unsigned a[WARP_TILES][4];
-#pragma unroll
-        for (int w = 0; w < WARP_TILES; w++)
-            Q.a(a[w], first_row + 16 * w, d);
+#pragma unroll(UNROLL)
+    for (int step = 0; step < DEPTH_STEPS; step++) {
+        Operand loaded[WARP_TILES];
+        if (!KEEP_Q)
+            load_queries(loaded, Q, first_row, step);
+        const auto &a = *(KEEP_Q ? &kept[step] : &loaded);
 #pragma unroll
         for (int n = 0; n < KEY_TILES; n += 2) {
             unsigned b[4];
-            K.b_of_rows(b, 8 * n, d);
-#pragma unroll
-            for (int w = 0; w < WARP_TILES; w++) {
-                mma_16x8x16(S[w][n], a[w], b[0], b[1]);
-                mma_16x8x16(S[w][n + 1], a[w], b[2], b[3]);
-            }
+            K.b_of_rows(b, 8 * n, MMA_DEPTH * step);
+            multiply(S, n, a, Operand(b));
         }
     }
 }
 
-/* O += P V */
+/* O += P V; P is used up. */
 static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OUT_TILES][4],
-                                                       const float (&P)[WARP_TILES][KEY_TILES][4],
+                                                       unsigned (&P)[WARP_TILES][KEY_STEPS][4],
                                                        const VTile &V) {
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n += 2) {
-        unsigned a[WARP_TILES][4];
+#pragma unroll(UNROLL)
+    for (int step = 0; step < KEY_STEPS; step++) {
+        Operand a[WARP_TILES];
 #pragma unroll
         for (int w = 0; w < WARP_TILES; w++) {
-            a[w][0] = pack(P[w][n][0], P[w][n][1]);
-            a[w][1] = pack(P[w][n][2], P[w][n][3]);
-            a[w][2] = pack(P[w][n + 1][0], P[w][n + 1][1]);
-            a[w][3] = pack(P[w][n + 1][2], P[w][n + 1][3]);
+            a[w] = Operand(P[w][0]);
+#pragma unroll
+            for (int next = 1; next < KEY_STEPS; next++)
+#pragma unroll
+                for (int x = 0; x < 4; x++)
+                    P[w][next - 1][x] = P[w][next][x];
         }
 #pragma unroll
         for (int d = 0; d < OUT_TILES; d += 2) {
             unsigned b[4];
-            V.b_of_cols(b, 8 * n, 8 * d);
-#pragma unroll
-            for (int w = 0; w < WARP_TILES; w++) {
-                mma_16x8x16(O[w][d], a[w], b[0], b[1]);
-                mma_16x8x16(O[w][d + 1], a[w], b[2], b[3]);
-            }
+            V.b_of_cols(b, MMA_DEPTH * step, 8 * d);
+            multiply(O, d, a, Operand(b));
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+static __device__ __forceinline__ void add_mask(float &s, float c, mask_elem value) {
+    s = FA_MASK == 1 && !value ? NEGATIVE_INFINITY : s * c + mask_term(value);
+}
+
+/* The scores of 16 rows from i on and of the keys from j on, as the softmax takes them: minus
+ * infinity where a query does not see a key, masks added; returns what they are to be multiplied
+ * with, more than 0. */
+static __device__ __forceinline__ float finish_scores(float (&S)[KEY_TILES][4],
+                                                      const fa_kernel_params &p, int b, int h,
+                                                      int i, int j, bool cut) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float c = p.scale_log2e;
+    if (FA_MASK && !cut && has_pairs(p.mask)) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = min(i + g + 8 * r, p.seq_q - 1);
+            const auto *pairs = (const MaskPair *)((const mask_elem *)p.mask.data +
+                                                   mask_row(p.mask, b, h, row) + j + 2 * t);
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++) {
+                const MaskPair pair = pairs[4 * n];
+                add_mask(S[n][2 * r], c, pair.first);
+                add_mask(S[n][2 * r + 1], c, pair.second);
+            }
+        }
+    } else if (FA_MASK) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = min(i + g + 8 * r, p.seq_q - 1);
+            const auto *values = (const mask_elem *)p.mask.data + mask_row(p.mask, b, h, row);
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+                for (int x = 0; x < 2; x++) {
+                    const int col = min(j + 8 * n + 2 * t + x, p.seq_k - 1);
+                    add_mask(S[n][2 * r + x], c, values[col * p.mask.stride_col]);
+                }
+        }
+    } else if (c <= 0) {
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                S[n][x] *= c;
+    }
+    if (FA_MASK || c <= 0)
+        c = 1;
+    if (cut) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = i + g + 8 * r, first = j + 2 * t;
+            const int begin = FA_WINDOW ? row + p.window_begin - first : 0;
+            const int end = min(p.seq_k, FA_WINDOW ? row + p.window_end : p.seq_k) - first;
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+                for (int x = 0; x < 2; x++) {
+                    if (8 * n + x >= end || (FA_WINDOW && 8 * n + x < begin))
+                        S[n][2 * r + x] = NEGATIVE_INFINITY;
+                }
+        }
+    }
+    return c;
+}
+
+/* What is kept is divided by 1 - dropout_p at the end, in O. */
+static __device__ __forceinline__ void drop(unsigned (&P)[KEY_STEPS][4], const fa_kernel_params &p,
+                                            int b, int h, int i, int j) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const Dropout dropout(p, b, h);
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n += 2) {
+        unsigned word[4];
+        dropout.draw(word, i, j + 8 * n, g, t);
+#pragma unroll
+        for (int number = 0; number < 8; number += 2)
+            drop_pair(P, n + number / 2 % 2, number / 4, Dropout::keeps(p, word, number),
+                      Dropout::keeps(p, word, number + 1));
+    }
+}
+
+/* At least two blocks of 128 threads on a multiprocessor, so that one multiplies while the other
+ * is busy with its softmax: 255 registers for a thread. */
+extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     fa_forward(const __grid_constant__ fa_kernel_params p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     /* Under a causal mask the last queries have the most keys: they start first. */
@@ -91,125 +192,81 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int first_query = tile * BLOCK_M, warp_row = warp * 16 * WARP_TILES;
 
     const QTile Q{shared_address(shared_memory)};
-    const KTile K{Q.address + QTile::BYTES};
-    const VTile V{K.address + KTile::BYTES};
+    const unsigned stages = Q.address + QTile::BYTES;
+    constexpr int STAGE_BYTES = KTile::BYTES + VTile::BYTES;
+    const auto load_K = [&](int stage, int key) {
+        KTile{stages + stage * STAGE_BYTES}.load(row_of(p.k, b, hk, key), p.k.stride_row,
+                                                 p.seq_k - key);
+    };
+    const auto load_V = [&](int stage, int key) {
+        VTile{stages + stage * STAGE_BYTES + KTile::BYTES}.load(row_of(p.v, b, hk, key),
+                                                                p.v.stride_row, p.seq_k - key);
+    };
 
     int begin = 0, end = p.seq_k;
     if (FA_WINDOW) {
         begin = max(0, first_query + p.window_begin) / BLOCK_N * BLOCK_N;
         end = min(end, min(first_query + BLOCK_M, p.seq_q) - 1 + p.window_end);
     }
-
-    float O[WARP_TILES][OUT_TILES][4] = {};
-    float m[WARP_TILES][2], l[WARP_TILES][2];
-#pragma unroll
-    for (int w = 0; w < WARP_TILES; w++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            m[w][r] = NEGATIVE_INFINITY;
-            l[w][r] = 0;
-        }
+    const int last = end > begin ? (end - 1) / BLOCK_N * BLOCK_N : begin - BLOCK_N;
 
     Q.load(row_of(p.q, b, h, first_query), p.q.stride_row, p.seq_q - first_query);
-    if (begin < end)
-        K.load(row_of(p.k, b, hk, begin), p.k.stride_row, p.seq_k - begin);
+    if (last >= begin) {
+        load_K(0, last);
+        if (STAGES == 2)
+            load_V(0, last);
+    }
     cp_async_commit();
-    const Dropout dropout(p, b, h);
 
-    for (int key = begin; key < end; key += BLOCK_N) {
-        V.load(row_of(p.v, b, hk, key), p.v.stride_row, p.seq_k - key);
-        cp_async_commit();
-        cp_async_wait<1>(); /* K */
+    float O[WARP_TILES][OUT_TILES][4] = {};
+    Softmax softmax[WARP_TILES];
+    Operand kept[KEEP_Q ? DEPTH_STEPS : 1][WARP_TILES];
+    if (KEEP_Q) {
+        cp_async_wait<0>();
         __syncthreads();
+#pragma unroll
+        for (int step = 0; step < DEPTH_STEPS; step++)
+            load_queries(kept[step], Q, warp_row, step);
+    }
 
+    for (int key = last, stage = 0; key >= begin; key -= BLOCK_N, stage ^= STAGES - 1) {
+        const KTile K{stages + stage * STAGE_BYTES};
+        const VTile V{K.address + KTile::BYTES};
+        cp_async_wait<0>();
+        __syncthreads(); /* K is there, and nobody reads the previous V any more */
+        if (STAGES == 1) {
+            load_V(0, key);
+        } else if (key > begin) {
+            load_K(1 - stage, key - BLOCK_N);
+            load_V(1 - stage, key - BLOCK_N);
+        }
+        cp_async_commit();
+
+        const int i = first_query + warp_row;
+        const bool seen = !is_hidden(p, i, 16 * WARP_TILES, key, BLOCK_N);
         float S[WARP_TILES][KEY_TILES][4];
-        multiply_scores(S, Q, K, warp_row);
-        __syncthreads();
-        if (key + BLOCK_N < end)
-            K.load(row_of(p.k, b, hk, key + BLOCK_N), p.k.stride_row, p.seq_k - key - BLOCK_N);
-        cp_async_commit();
-
-        const bool cut = is_cut(p, first_query + warp_row, 16 * WARP_TILES, key, BLOCK_N);
-        float c = p.scale_log2e;
-        if (FA_MASK || c <= 0) { /* else the maximum of c S is c times that of S */
-#pragma unroll
-            for (int w = 0; w < WARP_TILES; w++)
-#pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    const int i = first_query + warp_row + 16 * w + g + x / 2 * 8;
-                    const long long row = mask_row(p.mask, b, h, min(i, p.seq_q - 1));
-#pragma unroll
-                    for (int n = 0; n < KEY_TILES; n++) {
-                        const int j = key + 8 * n + 2 * t + x % 2;
-                        S[w][n][x] = S[w][n][x] * c + mask_value(p, row, min(j, p.seq_k - 1));
-                    }
-                }
-            c = 1;
+        if (seen)
+            multiply_scores(S, Q, warp_row, kept, K);
+        if (STAGES == 1) {
+            cp_async_wait<0>();
+            __syncthreads(); /* V is there, and nobody reads K any more */
+            if (key > begin)
+                load_K(0, key - BLOCK_N);
+            cp_async_commit();
         }
-        if (cut) {
-#pragma unroll
-            for (int w = 0; w < WARP_TILES; w++)
-#pragma unroll
-                for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-                    for (int x = 0; x < 4; x++) {
-                        const int i = first_query + warp_row + 16 * w + g + x / 2 * 8;
-                        const int j = key + 8 * n + 2 * t + x % 2;
-                        if (!is_visible(p, i, j))
-                            S[w][n][x] = NEGATIVE_INFINITY;
-                    }
-        }
+        if (!seen)
+            continue;
 
-        /* Online softmax (Milakov and Gimelshein 2018), the four threads of a row together. */
+        const bool cut = is_cut(p, i, 16 * WARP_TILES, key, BLOCK_N);
+        unsigned P[WARP_TILES][KEY_STEPS][4];
 #pragma unroll
-        for (int w = 0; w < WARP_TILES; w++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float most = S[w][0][2 * r];
-#pragma unroll
-                for (int n = 0; n < KEY_TILES; n++)
-                    most = fmaxf(most, fmaxf(S[w][n][2 * r], S[w][n][2 * r + 1]));
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-                const float m_new = fmaxf(m[w][r], most * c);
-                const float origin = m_new == NEGATIVE_INFINITY ? 0 : m_new;
-                const float rescale = exp2_approx(m[w][r] - origin);
-                float sum = 0;
-#pragma unroll
-                for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-                    for (int x = 2 * r; x < 2 * r + 2; x++) {
-                        S[w][n][x] = exp2_approx(fmaf(S[w][n][x], c, -origin));
-                        sum += S[w][n][x];
-                    }
-                l[w][r] = l[w][r] * rescale + sum; /* of this thread's columns */
-                m[w][r] = m_new;
-#pragma unroll
-                for (int d = 0; d < OUT_TILES; d++) {
-                    O[w][d][2 * r] *= rescale;
-                    O[w][d][2 * r + 1] *= rescale;
-                }
-            }
-        if (FA_DROPOUT) {
-#pragma unroll
-            for (int w = 0; w < WARP_TILES; w++)
-#pragma unroll
-                for (int n = 0; n < KEY_TILES; n += 2) {
-                    unsigned word[4];
-                    dropout.draw(word, first_query + warp_row + 16 * w, key + 8 * n, g, t);
-#pragma unroll
-                    for (int x = 0; x < 8; x++) {
-                        float &P = S[w][n + x / 4][x % 4];
-                        const int number = x % 4 / 2 * 4 + x / 4 * 2 + x % 2;
-                        P = Dropout::keeps(p, word, number) ? P * p.dropout_scale : 0;
-                    }
-                }
+        for (int w = 0; w < WARP_TILES; w++) {
+            const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);
+            softmax[w](P[w], S[w], c, O[w]);
+            if (FA_DROPOUT)
+                drop(P[w], p, b, h, i + 16 * w, key);
         }
-
-        cp_async_wait<1>(); /* V */
-        __syncthreads();
-        multiply_values(O, S, V);
-        __syncthreads();
+        multiply_values(O, P, V);
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -219,17 +276,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int w = 0; w < WARP_TILES; w++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float sum = l[w][r];
+            float sum = softmax[w].l[r];
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            const float f = sum == 0 ? 0 : 1 / sum;
+            const float f = sum == 0 ? 0 : (FA_DROPOUT ? p.dropout_scale : 1) / sum;
             const int row = warp_row + 16 * w + g + 8 * r;
 #pragma unroll
-            for (int d = 0; d < OUT_TILES; d++)
-                out.put(row, 8 * d + 2 * t, pack(O[w][d][2 * r] * f, O[w][d][2 * r + 1] * f));
+            for (int d = 0; d < OUT_TILES; d += 2)
+                put_row(out, row, 8 * d, t, O[w][d], O[w][d + 1], r, f);
             if (t == 0 && first_query + row < p.seq_q)
                 p.lse[((long long)b * p.heads_q + h) * p.seq_q + first_query + row] =
-                    m[w][r] * LN2 + logf(sum);
+                    softmax[w].m[r] * LN2 + logf(sum);
         }
     __syncwarp();
     out.store(row_of(p.out, b, h, first_query), p.out.stride_row, p.seq_q - first_query, warp_row,

@@ -4,6 +4,8 @@
 #ifndef FA_KERNEL_PARAMS_H
 #define FA_KERNEL_PARAMS_H
 
+enum { FA_STATS_ROWS = 128 }; /* all tiles of queries divide it */
+
 struct fa_kernel_tensor {
     void *data;
     long long stride_batch, stride_head, stride_row; /* in elements */
@@ -49,8 +51,8 @@ struct fa_kernel_params {
     struct fa_kernel_tensor dk;   /* [B, Hk, Sk, D] */
     struct fa_kernel_tensor dv;   /* [B, Hk, Sk, Dv] */
     struct fa_kernel_mask dmask;  /* float, zeroed by the caller */
-    float *delta;                 /* [B, Hq, Sq], rowsum(dO * O) */
-    float *dq_sum;                /* [B, Hq, Sq, D], zeroed */
+    float *row_stats;             /* see workspace.cuh */
+    float *dq_sum;                /* likewise; NULL: the main kernel leaves dQ alone */
 };
 
 #endif

@@ -6,19 +6,43 @@
 #include "elem.cuh"
 #include "params.h"
 
+#if FA_MASK == 1
+typedef unsigned char mask_elem;
+#elif FA_MASK == 2
+typedef elem mask_elem;
+#else
+typedef float mask_elem;
+#endif
+
+/* What is added to a score in units of log2. The lowest finite numbers stay finite: where all keys
+ * of a row have one, it is not a row that attends to nothing. */
+static __device__ __forceinline__ float mask_term(mask_elem value) {
+#if FA_MASK == 1
+    return value ? 0 : NEGATIVE_INFINITY;
+#else
+#if FA_MASK == 2
+    const float mask = to_float(value);
+#else
+    const float mask = value;
+#endif
+    const float scaled = mask * LOG2E;
+    return scaled == NEGATIVE_INFINITY ? mask : scaled;
+#endif
+}
+
 /* Added to the log2-scaled score (i, j); minus infinity where a bool mask is false. */
 static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, long long row_start,
                                                    int j) {
-    [[maybe_unused]] const long long x = row_start + j * p.mask.stride_col;
-#if FA_MASK == 1
-    return ((const unsigned char *)p.mask.data)[x] ? 0 : NEGATIVE_INFINITY;
-#elif FA_MASK == 2
-    return to_float(((const elem *)p.mask.data)[x]) * LOG2E;
-#elif FA_MASK == 3
-    return ((const float *)p.mask.data)[x] * LOG2E;
-#else
-    return 0;
-#endif
+    return mask_term(((const mask_elem *)p.mask.data)[row_start + j * p.mask.stride_col]);
+}
+
+/* The values at columns j and j + 1, j even, where they can be loaded at once. */
+struct alignas(2 * sizeof(mask_elem)) MaskPair {
+    mask_elem first, second;
+};
+static __device__ __forceinline__ bool has_pairs(const fa_kernel_mask &mask) {
+    return mask.stride_col == 1 && (long long)mask.data % sizeof(MaskPair) == 0 &&
+           (mask.stride_batch | mask.stride_head | mask.stride_row) % 2 == 0;
 }
 
 static __device__ __forceinline__ long long mask_row(const fa_kernel_mask &mask, int b, int h,
@@ -35,6 +59,18 @@ static __device__ __forceinline__ bool is_cut(const fa_kernel_params &p, int i, 
                                               int cols) {
     return j + cols > p.seq_k ||
            (FA_WINDOW && (i + rows - 1 + p.window_begin > j || i + p.window_end < j + cols));
+}
+
+/* Whether none of these scores is visible through the window. */
+static __device__ __forceinline__ bool is_hidden(const fa_kernel_params &p, int i, int rows, int j,
+                                                 int cols) {
+    return FA_WINDOW && (i + rows - 1 + p.window_end <= j || j + cols <= i + p.window_begin);
+}
+
+/* P in the backward, from a score and lse, both in log2. At most 1, also where scores are so large
+ * that lse has lost the difference. */
+static __device__ __forceinline__ float probability(float score, float lse) {
+    return exp2_approx(min_nan(score - lse, 0));
 }
 
 /* --- dropout: the rule of csrc/dropout.h, whose eight numbers are what a thread holds of a 16 x 16
@@ -70,6 +106,25 @@ struct Dropout {
             k1 += 0xBB67AE85u;
         }
         word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+    }
+
+    /* Of the same tile, transposed: for columns j + g and j + g + 8 and the rows from i + 2t on, n
+     * = (row bit 0) * 4 + (row bit 3) * 2 + (column bit 3). Two lanes of neighbouring columns need
+     * the same two counters, half the numbers of each: each draws one and they exchange halves. */
+    __device__ __forceinline__ void draw_transposed(unsigned (&word)[4], int i, int j, int g,
+                                                    int t) const {
+        const bool odd = g % 2;
+        const unsigned low = 0x5410, high = 0x7632; /* halves of two words, for __byte_perm */
+        unsigned drawn[4], mine[2], theirs[2];
+        draw(drawn, i, j, 2 * t + odd, g / 2);
+#pragma unroll
+        for (int w = 0; w < 2; w++) {
+            mine[w] = __byte_perm(drawn[2 * w], drawn[2 * w + 1], odd ? high : low);
+            theirs[w] = __byte_perm(drawn[2 * w], drawn[2 * w + 1], odd ? low : high);
+            theirs[w] = __shfl_xor_sync(~0u, theirs[w], 4);
+            word[w] = odd ? theirs[w] : mine[w];
+            word[2 + w] = odd ? mine[w] : theirs[w];
+        }
     }
 
     static __device__ __forceinline__ bool keeps(const fa_kernel_params &p,

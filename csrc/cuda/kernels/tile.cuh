@@ -1,5 +1,5 @@
-/* Tiles in shared memory: rows of 16-bit elements, as wide as the head size rounded up to 16 (what
- * one mma multiplies), zeros where the tensor has ended. Rows are 16 bytes apart more than they are
+/* Tiles in shared memory: rows of elements, as wide as the head size rounded up to 16 (what one mma
+ * multiplies), zeros where the tensor has ended. Rows are 16 bytes apart more than they are
  * wide: an odd multiple of 16 bytes, so that the eight rows of an ldmatrix fall into different
  * banks, for any head size. */
 #pragma once
@@ -21,21 +21,23 @@ __host__ __device__ constexpr int power_of_2_from(int n) {
 
 template <int ROWS_, int COLS_> struct Tile {
     static constexpr int ROWS = ROWS_, COLS = COLS_, WIDTH = round_up_16(COLS_);
-    static constexpr int PITCH = WIDTH * 2 + 16; /* bytes from row to row */
+    static constexpr int PITCH = WIDTH * (int)sizeof(elem) + 16; /* bytes from row to row */
     static constexpr int BYTES = ROWS * PITCH;
-    static constexpr int CHUNKS = WIDTH / 8; /* of 16 bytes in a row */
+    static constexpr int CHUNK = 16 / sizeof(elem); /* elements in 16 bytes */
+    static constexpr int CHUNKS = WIDTH / CHUNK;    /* in a row */
 
     unsigned address; /* in shared memory */
 
     __device__ __forceinline__ unsigned at(int row, int col) const {
-        return address + row * PITCH + col * 2;
+        return address + row * PITCH + col * (int)sizeof(elem);
     }
 
     /* Rows [0, rows) of src, by all threads of the block. With FA_ALIGNED, a row of the tensor
      * starts at a multiple of 16 bytes and the copy is asynchronous; otherwise it is at once. */
     __device__ __forceinline__ void load(const elem *src, long long stride, int rows) const {
         constexpr int LANES = power_of_2_from(CHUNKS), STEP = THREADS / LANES;
-        const int col = threadIdx.x % LANES * 8, first = threadIdx.x / LANES;
+        const unsigned thread = thread_index();
+        const int col = thread % LANES * CHUNK, first = thread / LANES;
         if (LANES != CHUNKS && col >= WIDTH)
             return;
         const elem *from = src + first * stride + col;
@@ -45,7 +47,8 @@ template <int ROWS_, int COLS_> struct Tile {
             if (ROWS % STEP != 0 && row + first >= ROWS)
                 break;
 #if FA_ALIGNED
-            const int bytes = WIDTH == COLS ? 16 : max(0, min(8, COLS - col)) * 2;
+            const int bytes =
+                WIDTH == COLS ? 16 : max(0, min(CHUNK, COLS - col)) * (int)sizeof(elem);
             const bool valid = row + first < rows && bytes > 0;
             cp_async_16(to, valid ? from : src, valid ? bytes : 0);
 #else
@@ -53,13 +56,15 @@ template <int ROWS_, int COLS_> struct Tile {
 #pragma unroll
             for (int w = 0; w < 4; w++) {
                 const bool valid = row + first < rows;
+#if FA_DTYPE_FP32
+                word[w] = __float_as_uint(valid && col + w < COLS ? from[w] : 0);
+#else
                 const unsigned lo = valid && col + 2 * w < COLS ? from[2 * w] : 0;
                 const unsigned hi = valid && col + 2 * w + 1 < COLS ? from[2 * w + 1] : 0;
                 word[w] = lo | hi << 16;
+#endif
             }
-            asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(word[0]),
-                         "r"(word[1]), "r"(word[2]), "r"(word[3])
-                         : "memory");
+            store_shared_4(to, word[0], word[1], word[2], word[3]);
 #endif
             from += STEP * stride;
             to += STEP * PITCH;
@@ -70,50 +75,66 @@ template <int ROWS_, int COLS_> struct Tile {
     __device__ __forceinline__ void store(elem *dst, long long stride, int rows, int first_row,
                                           int row_count, int thread, int threads) const {
         for (int chunk = thread; chunk < row_count * CHUNKS; chunk += threads) {
-            const int row = first_row + chunk / CHUNKS, col = chunk % CHUNKS * 8;
+            const int row = first_row + chunk / CHUNKS, col = chunk % CHUNKS * CHUNK;
             if (row >= rows || col >= COLS)
                 continue;
             unsigned word[4];
-            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                         : "r"(at(row, col))
-                         : "memory");
+            load_shared_4(word, at(row, col));
             elem *to = dst + row * stride + col;
 #if FA_ALIGNED
-            if (col + 8 <= COLS) {
+            if (col + CHUNK <= COLS) {
                 *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
                 continue;
             }
 #endif
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < CHUNK; i++) {
                 if (col + i < COLS)
+#if FA_DTYPE_FP32
+                    to[i] = __uint_as_float(word[i]);
+#else
                     to[i] = (elem)(word[i / 2] >> 16 * (i % 2));
+#endif
             }
         }
     }
 
     __device__ __forceinline__ void put(int row, int col, unsigned pair) const {
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at(row, col)), "r"(pair) : "memory");
+        store_shared_1(at(row, col), pair);
     }
 
-    /* --- operands of mma_16x8x16, for this thread --- */
+    /* --- operands of an mma, for this thread: of mma_16x8x16, or of mma_16x8x8 for floats, which
+     * is half as deep: DEPTH columns or rows, 32 bytes --- */
 
-    /* A = tile[row .. row + 15][col .. col + 15] */
+    static constexpr int DEPTH = 32 / sizeof(elem);
+
+    /* A = tile[row .. row + 15][col .. col + DEPTH - 1] */
     __device__ __forceinline__ void a(unsigned (&r)[4], int row, int col) const {
         const int lane = threadIdx.x % 32;
-        ldmatrix_x4(r, at(row + lane % 16, col + lane / 16 * 8));
+        ldmatrix_x4(r, at(row + lane % 16, col + lane / 16 * CHUNK));
     }
+    /* Two B: the transposes of tile[row .. row + 7][col .. col + DEPTH - 1] in r[0], r[1] and of
+     * the next eight rows in r[2], r[3]: a product with the rows of the tile, as in Q K^T. */
+    __device__ __forceinline__ void b_of_rows(unsigned (&r)[4], int row, int col) const {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4(r, at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * CHUNK));
+    }
+#if FA_DTYPE_FP32
+    /* Two B of tile[row .. row + 7][col .. col + 15] for a product with the columns, as in P V. No
+     * instruction transposes floats on the way. So the rows are taken in the order 0 2 4 6 1 3 5 7,
+     * which is that of the columns of P where it is an accumulator of Q K^T, and the even columns
+     * are in r[0], r[1], the odd ones in r[2], r[3]: two neighbours are loaded at once. */
+    __device__ __forceinline__ void b_of_cols(unsigned (&r)[4], int row, int col) const {
+        const int lane = threadIdx.x % 32;
+        const unsigned from = at(row + lane % 4 * 2, col + lane / 4 * 2);
+        load_shared_2(r[0], r[2], from);
+        load_shared_2(r[1], r[3], from + PITCH);
+    }
+#else
     /* A = the transpose of tile[row .. row + 15][col .. col + 15] */
     __device__ __forceinline__ void a_transposed(unsigned (&r)[4], int row, int col) const {
         const int lane = threadIdx.x % 32;
         ldmatrix_x4_trans(r, at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
-    }
-    /* Two B: the transposes of tile[row .. row + 7][col .. col + 15] in r[0], r[1] and of the next
-     * eight rows in r[2], r[3]: a product with the rows of the tile, as in Q K^T. */
-    __device__ __forceinline__ void b_of_rows(unsigned (&r)[4], int row, int col) const {
-        const int lane = threadIdx.x % 32;
-        ldmatrix_x4(r, at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
     }
     /* Two B: tile[row .. row + 15][col .. col + 7] in r[0], r[1] and the next eight columns in
      * r[2], r[3]: a product with the columns, as in P V. */
@@ -121,6 +142,7 @@ template <int ROWS_, int COLS_> struct Tile {
         const int lane = threadIdx.x % 32;
         ldmatrix_x4_trans(r, at(row + lane % 16, col + lane / 16 * 8));
     }
+#endif
 };
 
 /* Element (b, h, i, 0). */

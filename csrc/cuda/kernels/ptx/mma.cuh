@@ -16,7 +16,24 @@ static __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const unsigned
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* Four 8 x 8 matrices of 16-bit elements; lanes 8i .. 8i + 7 give the rows of matrix i. */
+/* D[16][8] += A[16][8] B[8][8], of floats that are numbers of TF32; D is held as above. */
+static __device__ __forceinline__ void mma_16x8x8(float (&d)[4], const unsigned (&a)[4],
+                                                  unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* The nearest number of TF32: a float with 10 bits of mantissa. */
+static __device__ __forceinline__ unsigned round_to_tf32(float x) {
+    unsigned y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+
+/* Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32-bit ones; lanes 8i .. 8i + 7 give the rows
+ * of matrix i. */
 static __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

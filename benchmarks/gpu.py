@@ -1,0 +1,424 @@
+"""On a GPU, side by side with the backends of PyTorch's scaled_dot_product_attention.
+
+    speed     every feature, forward and backward: --features, --dtype, --d, --length, --direction
+    host      how long the host is busy with a call so small that nothing else counts
+    memory    peak memory of forward and backward
+
+Every cell is checked before it is timed. The peers then take turns in one process, once back to
+back ("hot": a GPU at its power limit, as in training) and, with --cool, once with a rest before
+each sample. A run may be cut into pieces of any size: a piece replaces its cells in the result
+file and leaves the others, each with the commit that it was measured at.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from record import RESULTS, cuda_facts, facts, file_name, save
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import flash_attn_ext
+from flash_attn_ext.measure import Samples, take_turns
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-2}  # of the largest value
+TOKENS, WIDTH = 16384, 2048  # B * N and H * D
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+DIRECTIONS = ("forward", "backward", "both")
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, is_causal=False, dropout_p=0.0) -> Tensor:
+    """As one writes it down, in the dtype of its inputs."""
+    S = q @ k.mT * q.shape[-1] ** -0.5  # [B, H, N, N]
+    if is_causal:
+        S = S.masked_fill(torch.ones_like(S, dtype=torch.bool).triu(1), -torch.inf)
+    return F.dropout(torch.softmax(S, dim=-1), dropout_p) @ v
+
+
+# --- cells -----------------------------------------------------------------------------------
+
+
+def cells():
+    """What is to be measured: the whole table for plain calls, a few of every other feature."""
+    plain = {
+        "feature": "plain",
+        "dtype": "bfloat16",
+        "causal": False,
+        "dropout_p": 0.0,
+        "bias": None,
+        "directions": ("forward", "backward"),
+        "peers": ("flash", "cudnn", "efficient"),
+    }
+
+    def shape(n: int, d: int, tokens: int = TOKENS) -> dict:
+        heads = WIDTH // d
+        return {"batch": tokens // n, "heads": heads, "heads_k": heads, "length": n, "head_dim": d}
+
+    for d, causal, n in itertools.product((64, 128, 256), (False, True), LENGTHS):
+        yield plain | shape(n, d) | {"causal": causal}
+    for d, n, gradient in itertools.product((64, 128), (1024, 4096), (False, True)):
+        yield (
+            plain
+            | shape(n, d)
+            | {
+                "feature": "bias",
+                "bias": "with gradient" if gradient else "given",
+                "directions": ("backward",) if gradient else ("forward", "backward"),
+                "peers": ("efficient",) if gradient else ("efficient", "cudnn"),
+            }
+        )
+    for d, causal, n in itertools.product((64, 128), (False, True), (1024, 4096)):
+        yield (
+            plain
+            | shape(n, d)
+            | {
+                "feature": "dropout",
+                "causal": causal,
+                "dropout_p": 0.1,
+                "peers": ("flash", "efficient"),
+            }
+        )
+    for d, causal, n in itertools.product((64, 128), (False, True), (1024, 4096)):
+        yield (
+            plain
+            | shape(n, d)
+            | {
+                "feature": "float32",
+                "dtype": "float32",
+                "causal": causal,
+                "peers": ("efficient",),
+            }
+        )
+    for causal, n in itertools.product((False, True), (2048, 8192)):
+        yield (
+            plain
+            | shape(n, 128)
+            | {
+                "feature": "grouped",
+                "heads": 32,
+                "heads_k": 8,
+                "causal": causal,
+                "peers": ("flash", "cudnn"),
+            }
+        )
+    yield (
+        plain
+        | shape(1024, 64, tokens=65536)
+        | {
+            "feature": "gpt2",
+            "dtype": "float16",
+            "heads": 16,
+            "heads_k": 16,
+            "causal": True,
+            "dropout_p": 0.1,
+            "directions": ("both",),
+            "peers": ("naive", "flash", "efficient"),
+        }
+    )
+
+
+def flop(cell: dict, direction: str) -> float:
+    """Two matrix products forward, five backward; half of each where causal."""
+    product = 2 * cell["batch"] * cell["heads"] * cell["length"] ** 2 * cell["head_dim"]
+    products = {"forward": 2, "backward": 5, "both": 7}[direction]
+    return product * products / (2 if cell["causal"] else 1)
+
+
+def inputs(cell: dict, device: str) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """q, k, v as a model makes them, [B, H, N, D] views of [B, N, H, D]; bias; dO."""
+    B, N, D = cell["batch"], cell["length"], cell["head_dim"]
+    H, Hk = cell["heads"], cell["heads_k"]
+    options = {"dtype": DTYPES[cell["dtype"]], "device": device}
+    qkv = [
+        torch.randn(B, N, heads, D, **options).transpose(1, 2).requires_grad_()
+        for heads in (H, Hk, Hk)
+    ]
+    bias = None
+    if cell["bias"]:
+        bias = torch.randn(B, H, N, N, **options, requires_grad=cell["bias"] == "with gradient")
+    return qkv, bias, torch.randn(B, N, H, D, **options).transpose(1, 2)
+
+
+def within(name: str) -> object:
+    return sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext()
+
+
+def attentions(cell: dict, qkv: list[Tensor], bias: Tensor | None) -> dict[str, Callable]:
+    """The forward of every peer that takes the call."""
+    options = {"is_causal": cell["causal"], "dropout_p": cell["dropout_p"]}
+
+    def sdpa(name: str) -> Tensor:
+        with within(name):
+            return F.scaled_dot_product_attention(
+                *qkv, bias, enable_gqa=cell["heads"] != cell["heads_k"], **options
+            )
+
+    calls = {
+        "ours": partial(
+            flash_attn_ext.scaled_dot_product_attention,
+            *qkv, bias, enable_gqa=cell["heads"] != cell["heads_k"], **options,
+        )
+    }  # fmt: skip
+    for name in cell["peers"]:
+        call = partial(naive, *qkv, **options) if name == "naive" else partial(sdpa, name)
+        try:
+            call()
+        except RuntimeError as error:
+            tqdm.write(f"{name} does not take {title(cell)}: {error}".splitlines()[0])
+        else:
+            calls[name] = call
+    return calls
+
+
+def check(cell: dict, results: dict[str, list[Tensor]]) -> None:
+    """Ours against a peer; with dropout each of them drops others."""
+    peers = [name for name in results if name != "ours"]
+    if not peers or cell["dropout_p"] > 0:
+        return
+    for ours, theirs in zip(results["ours"], results[peers[0]], strict=True):
+        error, largest = (ours - theirs).abs().max(), theirs.abs().max()
+        assert error <= TOLERANCE[cell["dtype"]] * largest, (title(cell), peers[0], error, largest)
+
+
+def measure(cell: dict, options: argparse.Namespace) -> dict:
+    qkv, bias, grad_out = inputs(cell, options.device)
+    leaves = [x for x in (*qkv, bias) if x is not None and x.requires_grad]
+    calls = attentions(cell, qkv, bias)
+
+    def gradients(out: Tensor, **how: bool) -> list[Tensor]:
+        return torch.autograd.grad(out, leaves, grad_out, **how)
+
+    outs = {name: call() for name, call in calls.items()}
+    backwards = {name: partial(gradients, o, retain_graph=True) for name, o in outs.items()}
+    check(cell, {name: [out, *backwards[name]()] for name, out in outs.items()})
+
+    def forward_without_gradients(call: Callable) -> Tensor:
+        with torch.no_grad():
+            return call()
+
+    result = dict(cell)
+    for direction in cell["directions"]:
+        if direction not in options.directions:
+            continue
+        peers = {
+            "forward": {n: partial(forward_without_gradients, c) for n, c in calls.items()},
+            "backward": backwards,
+            "both": {n: lambda call=c: gradients(call()) for n, c in calls.items()},
+        }[direction]
+        result[direction] = {"hot": timed(cell, direction, peers, options, rest=0)}
+        if options.cool:
+            result[direction]["cool"] = timed(cell, direction, peers, options, rest=0.2)
+    return result
+
+
+def timed(cell: dict, direction: str, peers: dict, options: argparse.Namespace, rest: float):
+    samples = take_turns(
+        peers,
+        device=options.device,
+        seconds=options.seconds,
+        sample_seconds=0.003 if rest else 0.02,
+        rest=rest,
+    )
+    ours = samples["ours"]
+    return {
+        name: {
+            "seconds": summary(mine),
+            "tflops": flop(cell, direction) / mine.median / 1e12,
+            "speedup": summary(mine / ours),  # of ours
+        }
+        for name, mine in samples.items()
+    }
+
+
+def summary(samples: Samples) -> dict[str, float]:
+    low, high = samples.quartiles
+    return {"median": samples.median, "p25": low, "p75": high}
+
+
+def title(cell: dict) -> str:
+    mask = "causal" if cell["causal"] else "full"
+    sizes = f"d={cell['head_dim']:3} {mask:6} N={cell['length']:5}"
+    return f"{cell['feature']:8} {cell['dtype']:8} {sizes}"
+
+
+# --- host and memory -------------------------------------------------------------------------
+
+
+def host(options: argparse.Namespace) -> list[dict]:
+    """Microseconds until a call on 1 x 2 x 16 x 64 returns; the GPU may still be at work."""
+    q, k, v, grad_out = (
+        torch.randn(1, 2, 16, 64, dtype=torch.float16, device=options.device) for _ in range(4)
+    )
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    functions = {"ours": flash_attn_ext.scaled_dot_product_attention}
+    functions |= dict.fromkeys(BACKENDS, F.scaled_dot_product_attention)
+
+    def microseconds(name: str, call: Callable, calls: int = 100) -> float:
+        with within(name):  # entering it is not part of a call
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - start) / calls * 1e6
+
+    results = []
+    for direction in ("forward without gradients", "forward", "both"):
+        calls = {}
+        for name, attention in functions.items():
+            if direction == "both":
+
+                def call(attention=attention):
+                    torch.autograd.grad(attention(*leaves), leaves, grad_out)
+            else:
+                call = partial(attention, *((q, k, v) if "without" in direction else leaves))
+            try:
+                microseconds(name, call, 3)
+            except RuntimeError:
+                continue
+            calls[name] = call
+        samples = {name: [] for name in calls}
+        for _ in range(30):
+            for name, call in calls.items():
+                samples[name].append(microseconds(name, call))
+        for name, mine in samples.items():
+            results.append({"direction": direction, "peer": name} | summary(Samples(mine)))
+            print(f"host {direction:26} {name:9} {Samples(mine).median:8.1f} us")
+    return results
+
+
+def memory(options: argparse.Namespace) -> list[dict]:
+    """Bytes above the inputs at the peak of a forward and of its backward: asked for, unrounded."""
+
+    def requested(which: str) -> int:
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+    results = []
+    for n in LENGTHS:
+        cell = {
+            "feature": "memory", "dtype": "bfloat16", "batch": 1, "heads": 16, "heads_k": 16,
+            "length": n, "head_dim": 128, "causal": True, "dropout_p": 0.0, "bias": None,
+            "peers": ("flash", "cudnn", "efficient", "naive"),
+        }  # fmt: skip
+        qkv, _, grad_out = inputs(cell, options.device)
+        for name, call in attentions(cell, qkv, None).items():
+            for _ in range(2):  # a first call may set up what stays
+                torch.cuda.reset_peak_memory_stats()
+                before = requested("current")
+                out = call()
+                forward = requested("peak") - before
+                torch.cuda.reset_peak_memory_stats()
+                torch.autograd.grad(out, qkv, grad_out)
+                backward = requested("peak") - before
+                del out
+            results.append({"peer": name, "length": n, "forward": forward, "backward": backward})
+            print(f"memory N={n:5} {name:9} {forward / 2**20:8.1f} {backward / 2**20:8.1f} MiB")
+    return results
+
+
+# --- the result file -------------------------------------------------------------------------
+
+
+def key(cell: dict) -> str:
+    """What tells a cell from the others."""
+    measured = {*DIRECTIONS, "peers", "commit", "date"}
+    return json.dumps({k: v for k, v in cell.items() if k not in measured}, sort_keys=True)
+
+
+def merge(record: dict, folder: Path) -> dict:
+    """The record, with what earlier pieces measured and this one did not."""
+    name = file_name("gpu", record["device"])
+    paths = [f / name for f in (folder, RESULTS) if (f / name).exists()]
+    if not paths:
+        return record
+    old = json.loads(paths[0].read_text())
+    cells = {key(cell): cell for cell in old.get("cells", [])}
+    for cell in record["cells"]:
+        cells[key(cell)] = cells.get(key(cell), {}) | cell
+    return old | record | {"cells": list(cells.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    features = ["plain", "bias", "dropout", "float32", "grouped", "gpt2"]
+    parts = ["speed", "host", "memory"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--features", nargs="+", choices=features, default=features)
+    parser.add_argument("--dtype", choices=DTYPES, help="instead of a cell's own")
+    parser.add_argument("--d", nargs="+", type=int, default=[64, 128, 256], help="head sizes")
+    parser.add_argument("--length", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--mask", nargs="+", choices=["full", "causal"], default=["full", "causal"])
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS,
+                        dest="directions")  # fmt: skip
+    parser.add_argument("--peers", nargs="+", choices=["naive", *BACKENDS],
+                        default=["naive", *BACKENDS])  # fmt: skip
+    parser.add_argument("--cool", action="store_true", help="time once more with rests")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for one timing of all peers")
+    parser.add_argument("--quick", action="store_true", help="two lengths, little time for each")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try")
+    parser.add_argument("--shrink", type=int, default=1, help="divides batch sizes, for a try")
+    parser.add_argument("--commit", help="of the code, where there is no git repository")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks/gpu.py: there is no CUDA device here, nothing to measure.")
+    if options.quick:
+        options.seconds, options.length = 0.2, [n for n in options.length if n in (1024, 4096)]
+    torch.manual_seed(0)
+
+    record = facts() | (cuda_facts() if options.device == "cuda" else {"device": "try"})
+    record["commit"] = options.commit or record["commit"]
+    record["cells"] = []
+    stamp = {name: record[name] for name in ("commit", "date")}
+    chosen = [
+        cell
+        | {"peers": [peer for peer in cell["peers"] if peer in options.peers]}
+        | ({"dtype": options.dtype} if options.dtype else {})
+        for cell in cells()
+        if cell["feature"] in options.features
+        and cell["head_dim"] in options.d
+        and cell["length"] in options.length
+        and ("causal" if cell["causal"] else "full") in options.mask
+        and any(direction in options.directions for direction in cell["directions"])
+    ]
+    if "speed" in options.parts:
+        for cell in tqdm(chosen, unit="cell"):
+            cell["batch"] = max(1, cell["batch"] // options.shrink)
+            result = measure(cell, options)
+            for direction in (d for d in DIRECTIONS if d in result):
+                tqdm.write(line(result, direction))
+            record["cells"].append(result | stamp)
+    if "host" in options.parts:
+        record["host_us"] = [result | stamp for result in host(options)]
+    if "memory" in options.parts and options.device == "cuda":
+        record["memory"] = [result | stamp for result in memory(options)]
+    save("gpu", merge(record, options.out), options.out)
+
+
+def line(result: dict, direction: str) -> str:
+    text = f"{title(result)} {result['bias'] or '':13} {direction:8}"
+    for how, peers in result[direction].items():
+        text += f" {how}:"
+        for name, mine in peers.items():
+            text += f"  {name} {mine['tflops']:.3g}"
+            if name != "ours":
+                text += f" (x{mine['speedup']['median']:.2f})"
+    return text
+
+
+if __name__ == "__main__":
+    main()

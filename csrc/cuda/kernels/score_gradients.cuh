@@ -1,0 +1,67 @@
+/* dS of 16 queries against a tile of keys, for the kernels that own queries: S and dP are computed
+ * again. */
+#pragma once
+
+#include "scores.cuh"
+#include "tile.cuh"
+
+/* C = A B^T: 16 rows of A against all rows of B. */
+template <int TILES, class A, class B>
+static __device__ __forceinline__ void multiply_rows(float (&C)[TILES][4], const A &a_tile,
+                                                     int first_row, const B &b_tile) {
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+            C[n][x] = 0;
+#pragma unroll 4 /* of more, the compiler loads more ahead than it has registers for */
+    for (int d = 0; d < A::WIDTH; d += 16) {
+        unsigned a[4];
+        a_tile.a(a, first_row, d);
+#pragma unroll
+        for (int n = 0; n < TILES; n += 2) {
+            unsigned b[4];
+            b_tile.b_of_rows(b, 8 * n, d);
+            mma_16x8x16(C[n], a, b[0], b[1]);
+            mma_16x8x16(C[n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+/* dS = P (dP - delta) in place of dP, with P = exp(S - lse). The warp's queries begin at i, row
+ * first_row of the tiles, the keys at j; stats are those of the thread's rows g and g + 8. */
+template <int TILES, class QTile, class OTile, class KTile, class VTile>
+static __device__ __forceinline__ void
+score_gradients(float (&dS)[TILES][4], const fa_kernel_params &p, const float2 (&stats)[2],
+                const QTile &Q, const OTile &dO, int first_row, const KTile &K, const VTile &V,
+                int b, int h, int i, int j) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float S[TILES][4];
+    multiply_rows(S, Q, first_row, K);
+    multiply_rows(dS, dO, first_row, V);
+
+    const bool cut = is_cut(p, i, 16, j, 8 * TILES);
+    const Dropout dropout(p, b, h);
+    unsigned word[4];
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+        if (FA_DROPOUT && n % 2 == 0)
+            dropout.draw(word, i, j + 8 * n, g, t);
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            const int row = i + g + x / 2 * 8, col = j + 8 * n + 2 * t + x % 2;
+            float s = S[n][x] * p.scale_log2e;
+            if (FA_MASK)
+                s += mask_value(p, mask_row(p.mask, b, h, min(row, p.seq_q - 1)),
+                                min(col, p.seq_k - 1));
+            if (cut && !is_visible(p, row, col))
+                s = NEGATIVE_INFINITY;
+            float kept = 1;
+            if (FA_DROPOUT) {
+                const int number = x / 2 * 4 + n % 2 * 2 + x % 2;
+                kept = Dropout::keeps(p, word, number) ? p.dropout_scale : 0;
+            }
+            dS[n][x] = probability(s, stats[x / 2].x) * (dS[n][x] * kept - stats[x / 2].y);
+        }
+    }
+}

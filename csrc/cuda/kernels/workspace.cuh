@@ -1,0 +1,48 @@
+/* What the kernels of the backward hand on to each other in global memory. */
+#pragma once
+
+#include "params.h"
+#include "ptx/reduce.cuh"
+
+/* {log2(e) lse, rowsum(dO * O)} of every query, [B, Hq, Sq rounded up to FA_STATS_ROWS]. Where a
+ * query attends to nothing, or there is none, lse is plus infinity: it makes P and dS zero. */
+static __device__ __forceinline__ float2 *row_stats(const fa_kernel_params &p, int b, int h,
+                                                    int i) {
+    const long long rows = (p.seq_q + FA_STATS_ROWS - 1) / FA_STATS_ROWS * FA_STATS_ROWS;
+    return (float2 *)p.row_stats + ((long long)b * p.heads_q + h) * rows + i;
+}
+
+/* The sum of dQ, to which all blocks of a head add. It lies there as accumulators of mma_16x8x16,
+ * [B, Hq, Sq / 16, D / 8] of 16 queries x 8 columns, so that a warp adds whole cache lines. */
+constexpr int DQ_TILE = 16 * 8; /* floats */
+
+/* The tile of queries from i and columns from d on, multiples of 16 and of 8. */
+static __device__ __forceinline__ float *dq_sum_tile(const fa_kernel_params &p, int b, int h, int i,
+                                                     int d) {
+    const long long row_tiles = (p.seq_q + 15) / 16;
+    const long long row_tile = ((long long)b * p.heads_q + h) * row_tiles + i / 16;
+    return p.dq_sum + (row_tile * ((HEAD_DIM + 15) / 16 * 2) + d / 8) * DQ_TILE;
+}
+
+static __device__ __forceinline__ void add_to_dq_sum(float *tile, const float (&dQ)[4]) {
+    const int lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+    reduce_add_v4(tile + 4 * lane, dQ);
+#else
+#pragma unroll
+    for (int x = 0; x < 4; x++)
+        atomicAdd(tile + 32 * x + lane, dQ[x]);
+#endif
+}
+
+static __device__ __forceinline__ void load_dq_sum(float (&dQ)[4], const float *tile) {
+    const int lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+    const float4 sum = *(const float4 *)(tile + 4 * lane);
+    dQ[0] = sum.x, dQ[1] = sum.y, dQ[2] = sum.z, dQ[3] = sum.w;
+#else
+#pragma unroll
+    for (int x = 0; x < 4; x++)
+        dQ[x] = tile[32 * x + lane];
+#endif
+}

@@ -1,0 +1,100 @@
+"""Runs every CUDA kernel on small calls, for compute-sanitizer: `make sanitize`.
+
+Without it, this tells whether all results are accurate and all kernels were run:
+
+    python tests/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/sanitize.py --run
+
+The variable makes every tensor an allocation of its own: inside a block of PyTorch's allocator
+nobody would notice who reads past the end of one, or what was never written.
+"""
+
+import argparse
+import itertools
+import re
+from pathlib import Path
+
+import torch
+from helpers import (
+    FEATURES,
+    assert_accurate,
+    contiguous,
+    forward_backward,
+    kernel_attention,
+    make_case,
+    packed,
+    permuted,
+    unaligned,
+)
+from tqdm import tqdm
+
+KERNELS = Path(__file__).parent.parent / "csrc" / "cuda" / "kernels"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+COMBINATIONS = [
+    "",
+    *FEATURES,
+    "causal+dropout+grouped",
+    "bias+dropout+wide_v",
+    "bool_mask+window+narrow_v",
+    "fp32_bias+bottom_right+one_kv_head",
+    "head_bias+causal+dropout",
+]
+# Coprime in number, so that each meets each of the others.
+HEAD_DIMS = [64, 128, 40, 256, 33, 16, 192]
+LENGTHS = [(70, 90), (1, 130), (130, 65), (129, 3), (200, 200)]
+LAYOUTS = [contiguous, permuted, packed, unaligned]
+
+
+def cases():
+    sizes = zip(
+        itertools.product(DTYPES, COMBINATIONS),
+        itertools.cycle(HEAD_DIMS),
+        itertools.cycle(LENGTHS),
+        itertools.cycle(LAYOUTS),
+    )
+    for (dtype, features), head_dim, (seq_q, seq_k), layout in sizes:
+        case = make_case(
+            features, dtype=dtype, device="cuda", batch=2, heads=4, seq_q=seq_q, seq_k=seq_k,
+            head_dim=head_dim,
+        )  # fmt: skip
+        case.q, case.k, case.v = (layout(x) for x in (case.q, case.k, case.v))
+        yield case
+
+
+def run() -> None:
+    for i, case in enumerate(tqdm(list(cases()), unit="case")):
+        torch.use_deterministic_algorithms(i % 5 == 4, warn_only=True)
+        attention = case.bind(kernel_attention)
+        grad_out = torch.randn_like(attention(*case.inputs))
+        forward_backward(attention, case.inputs, grad_out)
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.synchronize()
+
+
+def check() -> None:
+    for case in tqdm(list(cases()), unit="case"):
+        assert_accurate(case)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+    ran = {event.name for event in profile.events()}
+    sources = "".join(path.read_text() for path in KERNELS.glob("*.cu"))
+    all_kernels = set(re.findall(r"\b(fa_\w+)\(const __grid_constant__", sources))
+    assert all_kernels, "no kernel was found in the sources"
+    missing = all_kernels - ran
+    assert not missing, f"never run: {missing}"
+    print(f"accurate, and all were run: {', '.join(sorted(all_kernels))}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", action="store_true", help="only run them, check nothing")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("There is no CUDA device here.")
+    torch.manual_seed(0)
+    run() if options.run else check()
+
+
+if __name__ == "__main__":
+    main()
