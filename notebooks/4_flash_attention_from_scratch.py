@@ -522,7 +522,7 @@ side_by_side(
 
 # %%
 if quote.exists("cuda/kernels/forward_sm90.cu"):
-    print("And once more for Hopper. TMA, a unit of its own, brings the tiles, and the softmax of a")
+    print("And once more for Hopper. TMA, a unit of its own, brings the tiles. The softmax of a")
     print("tile is computed while wgmma still multiplies the P of the one before with its V.")
     display(quote.show(quote.loop("cuda/kernels/forward_sm90.cu", around="multiply_values"), "cpp"))
 
