@@ -17,15 +17,18 @@ BUILT_FROM = pyproject.toml setup.py $(shell find csrc -type f)
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# The stamp of a finished set-up; it goes where it vanishes together with what it stands for.
+# The stamps of a finished set-up, for the demo and for everything: who wants to see the demo need not
+# wait for linters. They go where they vanish together with what they stand for.
 ifeq ($(origin PYTHON),command line)
-INSTALLED := build/.installed
+DEMO := build/.installed
+INSTALLED := $(DEMO)
 CLANG_FORMAT := clang-format
 
 $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && touch $@
 else
+DEMO := .venv/.demo
 INSTALLED := .venv/.installed
 CLANG_FORMAT := PATH=.venv/bin:$$PATH clang-format
 
@@ -35,16 +38,18 @@ CLANG_FORMAT := PATH=.venv/bin:$$PATH clang-format
 	         "(Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	python3 -m venv $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
 
-$(INSTALLED): $(BUILT_FROM) | .venv/bin/python
+$(DEMO): EXTRAS := demo
+$(INSTALLED): EXTRAS := demo,dev,notebooks
+$(DEMO) $(INSTALLED): $(BUILT_FROM) | .venv/bin/python
 	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install $(TORCH)
 	@$(PYTHON) -m pip install 'setuptools>=64' wheel && \
-	    $(PYTHON) -m pip install --no-build-isolation -e '.[demo,dev,notebooks]' || { \
+	    $(PYTHON) -m pip install --no-build-isolation -e '.[$(EXTRAS)]' || { \
 	    echo "Set-up failed, see above. Offline, with torch installed: make ... PYTHON=python3" >&2; \
 	    exit 1; }
 	@touch $@
 endif
 
-demo: $(INSTALLED) ## train a small GPT with three attentions and compare them (under 3 minutes)
+demo: $(DEMO) ## train a small GPT with three attentions and compare them (under 3 minutes)
 	$(PYTHON) examples/train_gpt.py
 
 test: $(INSTALLED) ## run the test suite
