@@ -68,6 +68,19 @@ enum fa_status fa_cuda_arch(int device, int *arch) {
     return FA_OK;
 }
 
+enum fa_status fa_cuda_sm_count(int device, int *count) {
+    static _Atomic int known[MAX_DEVICES]; /* 0: not yet */
+    *count = atomic_load_explicit(&known[device], memory_order_relaxed);
+    if (*count)
+        return FA_OK;
+    CUresult error =
+        functions.cuDeviceGetAttribute(count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
+    if (error)
+        return fa_cuda_driver_error("device", error);
+    atomic_store_explicit(&known[device], *count, memory_order_relaxed);
+    return FA_OK;
+}
+
 /* A thread may have no context yet, or that of another device: torch sets neither where it can
  * avoid it. The device's primary context is the one that torch uses. */
 enum fa_status fa_cuda_enter(int device, int *pushed) {

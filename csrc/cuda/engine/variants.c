@@ -15,6 +15,7 @@ static const struct {
     [FA_CUDA_CONVERT] = {"backward_convert.cu", "fa_backward_convert"},
     [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
     [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
+    [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
 };
 
 const char *fa_cuda_file(const struct fa_cuda_variant *v) {
@@ -314,7 +315,8 @@ int fa_cuda_plan(const struct fa_params *p, int arch,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
     int count = 0;
     if (!is_backward(p)) {
-        steps[count++] = step(FA_CUDA_FORWARD, p, arch);
+        steps[count] = step(FA_CUDA_FORWARD, p, arch);
+        fa_cuda_forward_sm90(p, &steps[count++]);
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch);
@@ -348,6 +350,11 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DBLOCK_N=%d", v->block_n);
     ADD("-DTHREADS=%d", v->threads);
     ADD("-DSTAGES=%d", v->stages);
+    if (v->kernel == FA_CUDA_FORWARD_SM90) {
+        ADD("-DQ_BUFFERS=%d", v->q_buffers);
+        ADD("-DPING_PONG=%d", v->ping_pong);
+        ADD("-DFA_MASK_TILES=%d", v->mask_tiles);
+    }
 #undef ADD
     *at = 0;
 }
