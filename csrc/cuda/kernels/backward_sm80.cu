@@ -30,9 +30,13 @@ constexpr int KEY_WARPS = BLOCK_M * BLOCK_N / WARPS >= 32 * 16 ? BLOCK_N / 32 : 
 constexpr int QUERY_WARPS = WARPS / KEY_WARPS;
 constexpr int WARP_KEYS = BLOCK_N / KEY_WARPS, WARP_QUERIES = BLOCK_M / QUERY_WARPS;
 constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
-/* Steps of a product at a time; of more, the compiler loads more ahead than it has registers for.
- */
+/* Steps of a product at a time; of more, the compiler loads more ahead than it has registers for,
+ * soonest where it compiles for sm_100. */
+#if __CUDA_ARCH__ >= 1000
+constexpr int UNROLL = 1;
+#else
 constexpr int UNROLL = STAGES == 1 ? 1 : FA_MASK || FA_DROPOUT ? 2 : 3;
+#endif
 static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
 /* Warps for dQ: 32 queries each, and the columns shared by those that are left. */
 constexpr int DQ_ROWS = 32, DQ_ROW_WARPS = BLOCK_M / DQ_ROWS, DQ_SHARES = WARPS / DQ_ROW_WARPS;
