@@ -12,14 +12,14 @@ WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: turns each counter of four 32-bit words into four random 32-bit words.
+    """Philox4x32-7: turns each counter of four 32-bit words into four random 32-bit words.
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. PyTorch computes little in
     uint32, so the words are int64 tensors (that broadcast) with values below 2^32.
     """
     c0, c1, c2, c3 = counter
     key0, key1 = key
-    for _ in range(10):
+    for _ in range(7):
         # Below 2^64, so int64 may wrap around: shift and mask find both halves all the same.
         product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0 = (product1 >> 32) & WORD ^ c1 ^ key0

@@ -95,7 +95,7 @@ struct Dropout {
         unsigned c0 = (i >> 4 << 3) + g, c1 = (j >> 4 << 2) + t, c2 = head, c3 = offset;
         unsigned k0 = key0, k1 = key1;
 #pragma unroll
-        for (int round = 0; round < 10; round++) {
+        for (int round = 0; round < 7; round++) {
             const unsigned lo0 = 0xD2511F53u * c0, hi0 = __umulhi(0xD2511F53u, c0);
             const unsigned lo1 = 0xCD9E8D57u * c2, hi1 = __umulhi(0xCD9E8D57u, c2);
             c0 = hi1 ^ c1 ^ k0;
