@@ -146,9 +146,10 @@ def test_philox_known_answers(counter, key, expected, device):
     assert [word.item() for word in words] == expected
 
 
-def test_keep_mask_is_the_contract():
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.7, 0.99])
+def test_keep_mask_is_the_contract(dropout_p):
     """csrc/dropout.h, spelled out for one element at a time."""
-    rng_state, dropout_p, batch, heads = draw_rng_state(), 0.4, 2, 3
+    rng_state, batch, heads = draw_rng_state(), 2, 3
     rows, cols = range(5, 40), range(13, 50)
     kept = dropout.keep_mask(rng_state, dropout_p, batch, heads, rows, cols)
     seed, offset = rng_state.tolist()
@@ -164,6 +165,6 @@ def test_keep_mask_is_the_contract():
             (torch.tensor(seed & word), torch.tensor(seed >> 32 & word)),
         )
         n = (i >> 3 & 1) * 4 + (j >> 3 & 1) * 2 + (j & 1)
-        number = words[n >> 1].item() >> 16 * (n & 1) & 0xFFFF
-        expected = number >= int(dropout_p * 65536 + 0.5)
+        number, threshold = words[n >> 1].item() >> 16 * (n & 1) & 0x7FFF, round(dropout_p * 32768)
+        expected = number >= threshold if dropout_p <= 0.5 else number < 32768 - threshold
         assert kept[b, h, i - rows.start, j - cols.start].item() == expected

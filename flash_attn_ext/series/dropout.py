@@ -40,7 +40,7 @@ def keep_mask(
 ) -> Tensor:  # [batch, heads, len(rows), len(cols)]
     """True where an element of P is kept, for a tile of `rows` x `cols` of every batch and head.
 
-    Philox gives eight 16-bit numbers at a time. They serve the eight elements of a 16 x 16 tile
+    Philox gives eight 15-bit numbers at a time. They serve the eight elements of a 16 x 16 tile
     with the same low three bits of the row and the same bits 1 and 2 of the column (see
     csrc/dropout.h): computed once each here, then laid out by the bits of row and column.
     """
@@ -58,8 +58,9 @@ def keep_mask(
         offset & WORD,
     )
     words = philox(counter, (seed & WORD, (seed >> 32) & WORD))
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    kept = torch.stack(halves, dim=-1) >= int(dropout_p * 65536 + 0.5)
+    halves = [half for word in words for half in (word, word >> 16)]
+    number, threshold = torch.stack(halves, dim=-1) & 0x7FFF, int(dropout_p * 32768 + 0.5)
+    kept = number >= threshold if threshold <= 16384 else number < 32768 - threshold
 
     # Number n belongs to bit 3 of the row, bit 3 of the column and bit 0 of the column.
     kept = kept.view(batch, heads, len(row_tiles), 8, len(col_tiles), 4, 2, 2, 2)

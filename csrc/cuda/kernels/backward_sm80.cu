@@ -237,7 +237,7 @@ static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_p
                     s = NEGATIVE_INFINITY;
                 P = probability(s, stats[column].x);
                 const int number = x % 2 * 4 + x / 4 * 2 + x % 4 / 2;
-                if (FA_DROPOUT && !Dropout::keeps(p, word, number))
+                if (FA_DROPOUT && !dropout.keeps(word, number))
                     P = -P;
             }
         }
