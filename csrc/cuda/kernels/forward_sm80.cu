@@ -99,11 +99,14 @@ struct Numbers {
     }
 };
 
-/* O += P V; P is used up. Numbers are those of the first keys: the next are drawn while the tensor
- * cores are busy. */
+/* O += P V, of the warp's rows, from i on, and the keys from j on; P is used up. The numbers of the
+ * next keys are drawn while the tensor cores are busy. */
 static __device__ __forceinline__ void
 multiply_values(float (&O)[WARP_TILES][OUT_TILES][4], unsigned (&P)[WARP_TILES][KEY_STEPS][4],
-                const VTile &V, Numbers &numbers, const Dropout &dropout, int i, int j) {
+                const VTile &V, const Dropout &dropout, int i, int j) {
+    Numbers numbers;
+    if (FA_DROPOUT)
+        numbers.draw(dropout, i, j);
 #pragma unroll(UNROLL)
     for (int step = 0; step < KEY_STEPS; step++) {
         if (FA_DROPOUT && step % DRAW_STEPS == 0) {
@@ -273,9 +276,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
         if (!seen)
             continue;
 
-        Numbers numbers;
-        if (FA_DROPOUT)
-            numbers.draw(dropout, i, key);
         const bool cut = is_cut(p, i, 16 * WARP_TILES, key, BLOCK_N);
         unsigned P[WARP_TILES][KEY_STEPS][4];
 #pragma unroll
@@ -283,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
             const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);
             softmax[w](P[w], S[w], c, O[w]);
         }
-        multiply_values(O, P, V, numbers, dropout, i, key);
+        multiply_values(O, P, V, dropout, i, key);
     }
     cp_async_wait<0>();
     __syncthreads();
