@@ -74,8 +74,9 @@ int cuDeviceGetName(char *name, int size, CUdevice device) {
     return 0;
 }
 int cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
-    *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? fake_cuda.arch / 10
-                                                                       : fake_cuda.arch % 10;
+    *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? fake_cuda.arch / 10
+             : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? fake_cuda.arch % 10
+                                                                         : 132;
     return device < 8 ? 0 : 101;
 }
 int cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {

@@ -68,8 +68,10 @@ enum { FA_CUDA_FAR = 1 << 29 };
 /* Whether there are kernels for p on an architecture, whatever this machine has. */
 enum fa_status fa_cuda_check(const struct fa_params *p, int arch);
 
-/* The launches of a call that passed fa_cuda_check, in order; returns how many. */
-int fa_cuda_plan(const struct fa_params *p, int arch, struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]);
+/* The launches of a call that passed fa_cuda_check, in order; returns how many. Where the device
+ * has more multiprocessors than the call has blocks, these are smaller. */
+int fa_cuda_plan(const struct fa_params *p, int arch, int multiprocessors,
+                 struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]);
 
 /* A variant's file in csrc/cuda/kernels, its function there, and its macros as options of the
  * compiler, one after the other, each ending in a NUL, with an empty one last. */
@@ -137,6 +139,7 @@ enum fa_status fa_cuda_driver_error(const char *what, CUresult error);
 
 /* What a device is: 90 for compute capability 9.0. */
 enum fa_status fa_cuda_arch(int device, int *arch);
+enum fa_status fa_cuda_multiprocessors(int device, int *count);
 
 /* Makes a context of the device current, if none is; *pushed then says that it has to be popped. */
 enum fa_status fa_cuda_enter(int device, int *pushed);

@@ -1,5 +1,7 @@
 /* The entry points: describes a call to the kernels and launches them on the caller's stream. */
+#include <limits.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "../../dropout.h"
 #include "../kernels/params.h"
@@ -77,16 +79,18 @@ static enum fa_status launch(const struct fa_cuda_step *steps, int count,
 }
 
 static enum fa_status run(const struct fa_params *p, struct fa_kernel_params *k) {
-    int arch, pushed;
+    int arch, multiprocessors, pushed;
     enum fa_status status = fa_cuda_supports(p);
     if (!status)
         status = fa_cuda_arch(p->device, &arch);
+    if (!status)
+        status = fa_cuda_multiprocessors(p->device, &multiprocessors);
     if (!status)
         status = fa_cuda_enter(p->device, &pushed);
     if (status)
         return status;
     struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
-    const int count = fa_cuda_plan(p, arch, steps);
+    const int count = fa_cuda_plan(p, arch, multiprocessors, steps);
     status = launch(steps, count, k, p->device, p->stream);
     fa_cuda_leave(pushed);
     return status;
@@ -137,9 +141,14 @@ enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
     enum fa_status status = fa_cuda_check(p, arch);
     if (status)
         return status;
-    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
-    const int count = fa_cuda_plan(p, arch, steps);
+    /* As for a device with fewer multiprocessors than the call has blocks, and for one with more. */
+    struct fa_cuda_step steps[2 * FA_CUDA_MAX_STEPS];
+    const int fewer = fa_cuda_plan(p, arch, 0, steps);
+    const int count = fewer + fa_cuda_plan(p, arch, INT_MAX, steps + fewer);
     for (int i = 0; i < count; i++) {
+        if (i >= fewer && memcmp(&steps[i].variant, &steps[i - fewer].variant,
+                                 sizeof steps[i].variant) == 0)
+            continue;
         struct fa_cuda_code code;
         status = fa_cuda_code_of(&steps[i].variant, 1, &code);
         if (status)

@@ -206,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     /* Under a causal mask the last queries have the most keys: they start first. */
     const int tile = p.blocks - 1 - (int)(blockIdx.x % p.blocks);
     const int h = blockIdx.x / p.blocks % p.heads_q, b = blockIdx.x / p.blocks / p.heads_q;
-    const int hk = h / (p.heads_q / p.heads_k);
+    const int hk = p.heads_q == p.heads_k ? h : h / (p.heads_q / p.heads_k); /* divisions take time */
     const int first_query = tile * BLOCK_M, warp_row = warp * 16 * WARP_TILES;
 
     const QTile Q{shared_address(shared_memory)};
