@@ -141,13 +141,14 @@ enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
     enum fa_status status = fa_cuda_check(p, arch);
     if (status)
         return status;
-    /* As for a device with fewer multiprocessors than the call has blocks, and for one with more. */
+    /* As for a device with fewer multiprocessors than the call has blocks, and for one with more.
+     */
     struct fa_cuda_step steps[2 * FA_CUDA_MAX_STEPS];
     const int fewer = fa_cuda_plan(p, arch, 0, steps);
     const int count = fewer + fa_cuda_plan(p, arch, INT_MAX, steps + fewer);
     for (int i = 0; i < count; i++) {
-        if (i >= fewer && memcmp(&steps[i].variant, &steps[i - fewer].variant,
-                                 sizeof steps[i].variant) == 0)
+        if (i >= fewer &&
+            memcmp(&steps[i].variant, &steps[i - fewer].variant, sizeof steps[i].variant) == 0)
             continue;
         struct fa_cuda_code code;
         status = fa_cuda_code_of(&steps[i].variant, 1, &code);

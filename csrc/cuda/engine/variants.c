@@ -48,7 +48,8 @@ static const struct tile {
      * shared memory is the limit. A thread holds Dv registers of O, block_n of S and block_n / 4 of
      * P, of 255, with Q among them up to 64. Two blocks: one multiplies, one is at its softmax. */
     {FA_CUDA_FORWARD, HALF, 64, 0, 128, 64, 128, 2, 2},
-    {FA_CUDA_FORWARD, HALF, 64, 0, 128, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 64, MASK, 128, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 64, 0, 128, 48, 128, 1, 2},
     {FA_CUDA_FORWARD, HALF, 128, MASK | DROPOUT, 128, 64, 128, 2, 2},
     {FA_CUDA_FORWARD, HALF, 128, 0, 128, 48, 128, 2, 2},
     {FA_CUDA_FORWARD, HALF, 128, MASK | DROPOUT, 128, 64, 128, 1, 2},

@@ -101,9 +101,10 @@ struct Numbers {
 
 /* O += P V, of the warp's rows, from i on, and the keys from j on; P is used up. The numbers of the
  * next keys are drawn while the tensor cores are busy. */
-static __device__ __forceinline__ void
-multiply_values(float (&O)[WARP_TILES][OUT_TILES][4], unsigned (&P)[WARP_TILES][KEY_STEPS][4],
-                const VTile &V, const Dropout &dropout, int i, int j) {
+static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OUT_TILES][4],
+                                                       unsigned (&P)[WARP_TILES][KEY_STEPS][4],
+                                                       const VTile &V, const Dropout &dropout,
+                                                       int i, int j) {
     Numbers numbers;
     if (FA_DROPOUT)
         numbers.draw(dropout, i, j);
@@ -206,7 +207,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     /* Under a causal mask the last queries have the most keys: they start first. */
     const int tile = p.blocks - 1 - (int)(blockIdx.x % p.blocks);
     const int h = blockIdx.x / p.blocks % p.heads_q, b = blockIdx.x / p.blocks / p.heads_q;
-    const int hk = p.heads_q == p.heads_k ? h : h / (p.heads_q / p.heads_k); /* divisions take time */
+    const int hk =
+        p.heads_q == p.heads_k ? h : h / (p.heads_q / p.heads_k); /* divisions take time */
     const int first_query = tile * BLOCK_M, warp_row = warp * 16 * WARP_TILES;
 
     const QTile Q{shared_address(shared_memory)};
