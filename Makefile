@@ -12,20 +12,23 @@ C_FILES = $(shell find csrc tests/c -name '*.[ch]' -o -name '*.cpp' -o -name '*.
 BUILT_FROM = pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-gpu figures lint format asan sanitize clean
+.PHONY: help demo test notebooks bench bench-gpu figures lint format asan sanitize clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# The stamp of a finished set-up; it goes where it vanishes together with what it stands for.
+# The stamps of a finished set-up, for the demo and for everything: who wants to see the demo need not
+# wait for linters. They go where they vanish together with what they stand for.
 ifeq ($(origin PYTHON),command line)
-INSTALLED := build/.installed
+DEMO := build/.installed
+INSTALLED := $(DEMO)
 CLANG_FORMAT := clang-format
 
 $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && touch $@
 else
+DEMO := .venv/.demo
 INSTALLED := .venv/.installed
 CLANG_FORMAT := PATH=.venv/bin:$$PATH clang-format
 
@@ -35,20 +38,25 @@ CLANG_FORMAT := PATH=.venv/bin:$$PATH clang-format
 	         "(Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	python3 -m venv $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
 
-$(INSTALLED): $(BUILT_FROM) | .venv/bin/python
+$(DEMO): EXTRAS := demo
+$(INSTALLED): EXTRAS := demo,dev,notebooks
+$(DEMO) $(INSTALLED): $(BUILT_FROM) | .venv/bin/python
 	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install $(TORCH)
 	@$(PYTHON) -m pip install 'setuptools>=64' wheel && \
-	    $(PYTHON) -m pip install --no-build-isolation -e '.[demo,dev]' || { \
+	    $(PYTHON) -m pip install --no-build-isolation -e '.[$(EXTRAS)]' || { \
 	    echo "Set-up failed, see above. Offline, with torch installed: make ... PYTHON=python3" >&2; \
 	    exit 1; }
 	@touch $@
 endif
 
-demo: $(INSTALLED) ## train a small GPT with three attentions and compare them (under 3 minutes)
+demo: $(DEMO) ## train a small GPT with three attentions and compare them (under 3 minutes)
 	$(PYTHON) examples/train_gpt.py
 
 test: $(INSTALLED) ## run the test suite
 	$(PYTHON) -m pytest
+
+notebooks: $(INSTALLED) ## run the four notebooks with the checks in them (3 minutes)
+	$(PYTHON) -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 bench: $(INSTALLED) ## time and weigh ours against PyTorch's, then update README and plots (10 minutes)
 	$(PYTHON) benchmarks/cpu.py
@@ -61,6 +69,7 @@ bench-gpu: $(INSTALLED) ## likewise against all of SDPA's backends on a GPU (20 
 
 figures: $(INSTALLED) ## draw the pictures of the documentation again
 	$(PYTHON) docs/draw_tiles.py
+	$(PYTHON) docs/draw_series.py
 
 lint: $(INSTALLED) ## check style: ruff and clang-format
 	$(PYTHON) -m ruff check .

@@ -31,6 +31,7 @@ class CudaCall(TypedDict):
     dtype: str
     head_dim: int
     head_dim_v: int
+    seq_q: int  # how many queries: there are kernels for many and for few
     mask: str | None  # its dtype
     window: bool  # causal too
     dropout: bool

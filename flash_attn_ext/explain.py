@@ -83,6 +83,7 @@ def _cuda_call(call: Call) -> CudaCall:
         "dtype": _name(call.query.dtype),
         "head_dim": call.query.size(-1),
         "head_dim_v": call.value.size(-1),
+        "seq_q": call.query.size(-2),
         "mask": None if call.mask is None else _name(call.mask.dtype),
         "window": call.is_causal,
         "dropout": call.dropout_p > 0,

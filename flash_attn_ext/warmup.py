@@ -29,6 +29,7 @@ def standard_calls(
                 "dtype": dtype,
                 "head_dim": head_dim,
                 "head_dim_v": head_dim,
+                "seq_q": 4096,
                 "mask": None,
                 "window": False,
                 "dropout": False,
@@ -56,6 +57,8 @@ def standard_calls(
             yield plain | learned | {"mask_broadcasts": True}
             yield plain | learned | {"mask_broadcasts": True, "deterministic": True}
             yield plain | {"window": True, "backward": True, "deterministic": True}
+            for features in ({}, {"window": True}):
+                yield plain | features | {"seq_q": 512}
 
 
 def compile_calls(

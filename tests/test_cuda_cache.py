@@ -28,7 +28,6 @@ def cache(tmp_path, monkeypatch):
 def compile_it() -> bytes:
     (kernel,) = _C.cuda_compile(CALL, 80)
     assert kernel["file"] == "forward_sm80.cu"
-    assert "registers" in kernel["log"]
     return kernel["cubin"]
 
 

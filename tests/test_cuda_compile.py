@@ -21,6 +21,8 @@ def test_standard_list(arch, capsys):
     for call, kernels in compile_calls(standard_calls(), arch):
         for kernel in kernels:
             table[describe(call, kernel)] = resources(kernel["log"])
+            # C7508 and on: ptxas ignores setmaxnreg, or makes each wgmma wait for the last.
+            assert "(C75" not in kernel["log"]
     with capsys.disabled():
         print(f"\nsm_{arch}: registers, bytes of spills, shared memory")
         for row in sorted(table):
@@ -43,6 +45,8 @@ def describe(call, kernel) -> str:
 
 def resources(log: str) -> tuple[int, int]:
     """Registers, and bytes of local memory: a spill, or an array that did not fit registers."""
+    if "registers" not in log:
+        pytest.skip("this NVRTC keeps the report of ptxas to itself")
     (registers,) = re.findall(r"Used (\d+) registers", log)
     (stack,) = re.findall(r"(\d+) bytes stack frame", log)
     return int(registers), int(stack)

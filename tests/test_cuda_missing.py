@@ -50,6 +50,7 @@ def test_info_says_what_is_missing(hide, library, line):
 
 
 TRAIN = """
+import torch
 from flash_attn_ext import explain, scaled_dot_product_attention
 from flash_attn_ext.series import naive
 

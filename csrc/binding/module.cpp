@@ -103,14 +103,14 @@ fa_params params_of(const py::dict &call) {
     p.head_dim = get("head_dim").cast<int>();
     p.head_dim_v = get("head_dim_v").cast<int>();
     p.batch = p.heads_q = p.heads_k = 1;
-    p.seq_q = p.seq_k = 2; // so that strides of rows count
+    p.seq_q = p.seq_k = get("seq_q").cast<int>();
     p.q = p.k = {nothing, 0, 0, p.head_dim};
     p.v = p.out = {nothing, 0, 0, p.head_dim_v};
     p.window_left = FA_NO_LIMIT;
     p.window_right = get("window").cast<bool>() ? 0 : FA_NO_LIMIT;
     p.allow_tf32 = get("allow_tf32").cast<bool>();
     if (!get("mask").is_none())
-        p.mask = {nothing, dtype_of(get("mask").cast<std::string>()), 0, 0, 0, 0};
+        p.mask = {nothing, dtype_of(get("mask").cast<std::string>()), 0, 0, p.seq_k, 1};
     if (get("dropout").cast<bool>()) {
         p.dropout_p = 0.5;
         p.rng_state = reinterpret_cast<const uint64_t *>(nothing);

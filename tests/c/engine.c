@@ -156,6 +156,28 @@ static void another_device(void) {
     fake_cuda.launch_error = 0;
 }
 
+/* One block for each SM of the device, tensor maps, and a counter where pieces of work differ. */
+static void persistent_on_hopper(void) {
+    struct fa_params p = forward_of(64);
+    p.device = 3, fake_cuda.arch = 90;
+    CHECK(fa_cuda_forward_workspace(&p) == 0);
+    CHECK(call_forward(p) == FA_OK);
+    CHECK(fake_cuda.tensor_maps == 4 && fake_cuda.grid == 5 && fake_cuda.threads % 128 == 0);
+    p.window_right = 0;
+    CHECK(fa_cuda_forward_workspace(&p) > 0);
+    CHECK(fa_cuda_forward(&p) == FA_INVALID);
+    CHECK(call_forward(p) == FA_OK && fake_cuda.grid == 5);
+    p.batch = p.heads_q = p.heads_k = 1;
+    CHECK(call_forward(p) == FA_OK && fake_cuda.grid == 1);
+    p.mask = (struct fa_mask){p.q.data, FA_FLOAT16, 0, 0, 104, 1};
+    CHECK(call_forward(p) == FA_OK && fake_cuda.tensor_maps == 17);
+    p.mask.stride_row = 101;
+    CHECK(call_forward(p) == FA_OK && fake_cuda.tensor_maps == 21);
+    p.q.stride_row = 65; /* not a multiple of 16 bytes: the kernel for all devices */
+    CHECK(call_forward(p) == FA_OK && fake_cuda.tensor_maps == 21);
+    fake_cuda.arch = 80;
+}
+
 enum { THREADS = 8, VARIANTS = 40 };
 static pthread_barrier_t barrier;
 
@@ -213,6 +235,7 @@ int main(void) {
 
     fails_without_damage();
     another_device();
+    persistent_on_hopper();
     threads_load_each_variant_once();
     later_calls_are_cheap();
 

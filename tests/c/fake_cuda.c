@@ -74,9 +74,9 @@ int cuDeviceGetName(char *name, int size, CUdevice device) {
     return 0;
 }
 int cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
-    *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? fake_cuda.arch / 10
-             : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? fake_cuda.arch % 10
-                                                                         : 132;
+    *value = attribute == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT       ? 5
+             : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? fake_cuda.arch / 10
+                                                                         : fake_cuda.arch % 10;
     return device < 8 ? 0 : 101;
 }
 int cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
@@ -129,6 +129,19 @@ int cuLaunchKernel(CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned g
     fake_cuda.threads = block_x * block_y * block_z;
     fake_cuda.shared_bytes = shared_bytes;
     return kernel == NULL || parameters == NULL ? 1 : fake_cuda.launch_error;
+}
+int cuTensorMapEncodeTiled(CUtensorMap *map, int dtype, unsigned rank, void *address,
+                           const uint64_t *sizes, const uint64_t *strides, const uint32_t *box,
+                           const uint32_t *element_strides, int interleave, int swizzle,
+                           int l2_promotion, int oob_fill) {
+    (void)dtype, (void)interleave, (void)swizzle, (void)l2_promotion, (void)oob_fill;
+    int wrong = rank != 4 || ((uintptr_t)map & 63) || ((uintptr_t)address & 15);
+    for (unsigned i = 0; i < rank; i++)
+        wrong |= sizes[i] == 0 || box[i] == 0 || box[i] > 256 || element_strides[i] != 1;
+    for (unsigned i = 0; i + 1 < rank; i++)
+        wrong |= strides[i] == 0 || strides[i] % 16 || strides[i] >> 40;
+    fake_cuda.tensor_maps++;
+    return wrong;
 }
 int cuStreamIsCapturing(CUstream stream, int *capturing) {
     (void)stream;

@@ -5,7 +5,7 @@
 #include <stdatomic.h>
 
 struct fake_cuda {
-    atomic_int loads, unloads, launches, pushes, pops;                    /* calls so far */
+    atomic_int loads, unloads, launches, pushes, pops, tensor_maps;       /* calls so far */
     atomic_int capturing, arch, load_error, launch_error, current_device; /* answers */
     atomic_uint grid, threads, shared_bytes;                              /* of the last launch */
 };

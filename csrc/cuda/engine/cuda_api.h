@@ -4,6 +4,7 @@
 #define FA_CUDA_API_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 typedef int CUresult; /* 0: success */
 typedef int CUdevice; /* as numbered by cudaSetDevice and by torch */
@@ -12,6 +13,9 @@ typedef struct CUstream_st *CUstream;
 typedef struct CUlib_st *CUlibrary;
 typedef struct CUkern_st *CUkernel;
 typedef struct CUfunc_st *CUfunction;
+typedef struct {
+    _Alignas(64) uint64_t opaque[16];
+} CUtensorMap;
 
 enum {
     CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
@@ -20,6 +24,14 @@ enum {
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
     CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9, /* percent */
     CU_STREAM_CAPTURE_MODE_RELAXED = 2,
+    CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0,
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7,
+    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
+    CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
+    CU_TENSOR_MAP_SWIZZLE_128B = 3,
+    CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
+    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0, /* zeros */
 };
 
 /* F(name, symbol, parameters). Libraries (cuLibrary*) came with CUDA 12.0: no older driver will do.
@@ -49,6 +61,10 @@ enum {
       (CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,       \
        unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream,                 \
        void **parameters, void **extra))                                                           \
+    F(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                            \
+      (CUtensorMap * map, int dtype, unsigned rank, void *address, const uint64_t *sizes,          \
+       const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,              \
+       int interleave, int swizzle, int l2_promotion, int oob_fill))                               \
     F(cuStreamIsCapturing, "cuStreamIsCapturing", (CUstream stream, int *capturing))               \
     F(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int *mode))
 

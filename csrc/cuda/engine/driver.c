@@ -45,40 +45,40 @@ enum fa_status fa_cuda_driver_error(const char *what, CUresult error) {
 
 enum { MAX_DEVICES = 64 };
 
-/* A number that describes a device; known remembers one more, or 0. */
-static enum fa_status attribute(int attribute, int device, _Atomic int known[MAX_DEVICES],
-                                int *value) {
+enum fa_status fa_cuda_arch(int device, int *arch) {
+    static _Atomic int known[MAX_DEVICES]; /* 0: not yet */
     const struct fa_cuda_driver *cuda = fa_cuda_driver();
     if (!cuda)
         return FA_UNSUPPORTED;
     if (device < 0 || device >= MAX_DEVICES)
         return fa_cuda_fail(FA_INVALID, "device: there is no CUDA device %d", device);
-    *value = atomic_load_explicit(&known[device], memory_order_relaxed) - 1;
-    if (*value >= 0)
+    *arch = atomic_load_explicit(&known[device], memory_order_relaxed);
+    if (*arch)
         return FA_OK;
-    CUresult error = cuda->cuDeviceGetAttribute(value, attribute, device);
+    int major = 0, minor = 0;
+    CUresult error =
+        cuda->cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device);
+    if (!error)
+        error = cuda->cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                                           device);
     if (error)
         return fa_cuda_driver_error("device", error);
-    atomic_store_explicit(&known[device], *value + 1, memory_order_relaxed);
+    *arch = 10 * major + minor;
+    atomic_store_explicit(&known[device], *arch, memory_order_relaxed);
     return FA_OK;
 }
 
-enum fa_status fa_cuda_arch(int device, int *arch) {
-    static _Atomic int known_major[MAX_DEVICES], known_minor[MAX_DEVICES];
-    int major, minor;
-    enum fa_status status =
-        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device, known_major, &major);
-    if (!status)
-        status =
-            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device, known_minor, &minor);
-    if (!status)
-        *arch = 10 * major + minor;
-    return status;
-}
-
-enum fa_status fa_cuda_multiprocessors(int device, int *count) {
-    static _Atomic int known[MAX_DEVICES];
-    return attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device, known, count);
+enum fa_status fa_cuda_sm_count(int device, int *count) {
+    static _Atomic int known[MAX_DEVICES]; /* 0: not yet */
+    *count = atomic_load_explicit(&known[device], memory_order_relaxed);
+    if (*count)
+        return FA_OK;
+    CUresult error =
+        functions.cuDeviceGetAttribute(count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
+    if (error)
+        return fa_cuda_driver_error("device", error);
+    atomic_store_explicit(&known[device], *count, memory_order_relaxed);
+    return FA_OK;
 }
 
 /* A thread may have no context yet, or that of another device: torch sets neither where it can

@@ -2,6 +2,7 @@
  *
  *     launch.c     the entry points: fill in a struct fa_kernel_params and launch
  *     variants.c   which kernels a call takes, compiled for what, with which tiles
+ *     forward_sm90.c  ... for the forward of sm_90a, and its tensor maps
  *     functions.c  a variant's function on a device, found in memory or loaded
  *     cache.c      a variant's machine code, from disk or from the compiler
  *     compiler.c   NVRTC: embedded source -> machine code
@@ -34,6 +35,7 @@ enum fa_cuda_kernel {
     FA_CUDA_CONVERT,
     FA_CUDA_BACKWARD_DQ,
     FA_CUDA_BACKWARD_MASK,
+    FA_CUDA_FORWARD_SM90,
 };
 
 /* All that a kernel is compiled for: equal bytes, equal machine code. What does not concern a
@@ -47,11 +49,16 @@ struct fa_cuda_variant {
     uint8_t window;    /* some scores are hidden by it */
     uint8_t dropout;   /* dropout_p > 0 */
     uint8_t mask_grad; /* 0 none, 1 added up atomically, 2 stored, for it broadcasts nothing */
+
+    /* forward_sm90: buffers of Q; whether warpgroups take turns; FA_MASK_TILES */
+    uint8_t q_buffers, ping_pong;
+    uint16_t mask_tiles;
+
     uint16_t head_dim, head_dim_v;
     uint16_t block_m, block_n, threads, stages;
     uint16_t arch; /* 90: compute capability 9.0 */
 };
-_Static_assert(sizeof(struct fa_cuda_variant) == 22, "no padding: it is compared as bytes");
+_Static_assert(sizeof(struct fa_cuda_variant) == 26, "no padding: it is compared as bytes");
 
 /* One launch of a call. */
 struct fa_cuda_step {
@@ -70,7 +77,7 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch);
 
 /* The launches of a call that passed fa_cuda_check, in order; returns how many. Where the device
  * has more multiprocessors than the call has blocks, these are smaller. */
-int fa_cuda_plan(const struct fa_params *p, int arch, int multiprocessors,
+int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]);
 
 /* A variant's file in csrc/cuda/kernels, its function there, and its macros as options of the
@@ -79,6 +86,24 @@ const char *fa_cuda_file(const struct fa_cuda_variant *v);
 const char *fa_cuda_entry(const struct fa_cuda_variant *v);
 enum { FA_CUDA_OPTIONS_BYTES = 1024 };
 void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIONS_BYTES]);
+
+/* --- forward_sm90.c --- */
+
+/* Where that kernel takes the call, makes its step of that of FA_CUDA_FORWARD and returns 1. */
+int fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step);
+
+/* The second parameter of the kernel. */
+struct fa_cuda_maps {
+    CUtensorMap q, k, v, out, mask;
+};
+enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
+                                   struct fa_cuda_maps *maps);
+
+/* Of the workspace, for fa_kernel_params.counter. */
+size_t fa_cuda_counter_bytes(const struct fa_cuda_variant *v);
+
+/* fa_kernel_params.group_heads */
+int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v);
 
 /* --- functions.c --- */
 
@@ -139,7 +164,9 @@ enum fa_status fa_cuda_driver_error(const char *what, CUresult error);
 
 /* What a device is: 90 for compute capability 9.0. */
 enum fa_status fa_cuda_arch(int device, int *arch);
-enum fa_status fa_cuda_multiprocessors(int device, int *count);
+
+/* How many SMs a device has. */
+enum fa_status fa_cuda_sm_count(int device, int *count);
 
 /* Makes a context of the device current, if none is; *pushed then says that it has to be popped. */
 enum fa_status fa_cuda_enter(int device, int *pushed);

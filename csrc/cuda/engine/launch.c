@@ -1,7 +1,9 @@
 /* The entry points: describes a call to the kernels and launches them on the caller's stream. */
 #include <limits.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 #include "../../dropout.h"
 #include "../kernels/params.h"
@@ -59,19 +61,58 @@ static struct fa_kernel_params describe(const struct fa_params *p) {
     };
 }
 
-static enum fa_status launch(const struct fa_cuda_step *steps, int count,
-                             struct fa_kernel_params *k, int device, CUstream stream) {
+/* Even numbers from a random one on: no other launch has it, and no memory by chance. */
+static uint64_t launch_number(void) {
+    static _Atomic uint64_t last;
+    if (!atomic_load(&last)) {
+        uint64_t random = 0, none = 0;
+        (void)!getrandom(&random, sizeof random, 0);
+        atomic_compare_exchange_strong(&last, &none, random & ~(uint64_t)1);
+    }
+    return atomic_fetch_add(&last, 2) + 2;
+}
+
+/* A block on each SM, which takes one piece of work after the other. */
+static enum fa_status launch_sm90(const struct fa_params *p, const struct fa_cuda_step *s,
+                                  CUkernel function, struct fa_kernel_params *k) {
+    struct fa_cuda_maps maps;
+    int grid;
+    enum fa_status status = fa_cuda_encode_maps(p, &s->variant, &maps);
+    if (!status)
+        status = fa_cuda_sm_count(p->device, &grid);
+    if (status)
+        return status;
+    const int pieces = s->blocks * s->heads * k->batch;
+    k->group_heads = fa_cuda_group_heads(p, &s->variant);
+    if (fa_cuda_counter_bytes(&s->variant)) {
+        k->counter = p->workspace;
+        k->launch = launch_number();
+    }
+    CUresult error = fa_cuda_driver()->cuLaunchKernel(
+        function, (unsigned)(pieces < grid ? pieces : grid), 1, 1, s->variant.threads, 1, 1,
+        s->shared_bytes, p->stream, (void *[]){k, &maps}, NULL);
+    return error ? fa_cuda_driver_error(fa_cuda_entry(&s->variant), error) : FA_OK;
+}
+
+static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_step *steps, int count,
+                             struct fa_kernel_params *k) {
     const struct fa_cuda_driver *cuda = fa_cuda_driver();
     for (int i = 0; i < count; i++) {
         const struct fa_cuda_step *s = &steps[i];
         CUkernel function;
-        enum fa_status status = fa_cuda_function(s, device, stream, &function);
+        enum fa_status status = fa_cuda_function(s, p->device, p->stream, &function);
         if (status)
             return status;
         k->blocks = s->blocks;
+        if (s->variant.kernel == FA_CUDA_FORWARD_SM90) {
+            status = launch_sm90(p, s, function, k);
+            if (status)
+                return status;
+            continue;
+        }
         const unsigned grid = (unsigned)s->blocks * (unsigned)s->heads * (unsigned)k->batch;
         CUresult error = cuda->cuLaunchKernel(function, grid, 1, 1, s->variant.threads, 1, 1,
-                                              s->shared_bytes, stream, (void *[]){k}, NULL);
+                                              s->shared_bytes, p->stream, (void *[]){k}, NULL);
         if (error)
             return fa_cuda_driver_error(fa_cuda_entry(&s->variant), error);
     }
@@ -79,29 +120,35 @@ static enum fa_status launch(const struct fa_cuda_step *steps, int count,
 }
 
 static enum fa_status run(const struct fa_params *p, struct fa_kernel_params *k) {
-    int arch, multiprocessors, pushed;
+    int arch, sm_count, pushed;
     enum fa_status status = fa_cuda_supports(p);
     if (!status)
         status = fa_cuda_arch(p->device, &arch);
     if (!status)
-        status = fa_cuda_multiprocessors(p->device, &multiprocessors);
+        status = fa_cuda_sm_count(p->device, &sm_count);
     if (!status)
         status = fa_cuda_enter(p->device, &pushed);
     if (status)
         return status;
     struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
-    const int count = fa_cuda_plan(p, arch, multiprocessors, steps);
-    status = launch(steps, count, k, p->device, p->stream);
+    const int count = fa_cuda_plan(p, arch, sm_count, steps);
+    status = launch(p, steps, count, k);
     fa_cuda_leave(pushed);
     return status;
 }
 
 size_t fa_cuda_forward_workspace(const struct fa_params *p) {
-    (void)p;
-    return 0;
+    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
+    int arch;
+    if (fa_cuda_arch(p->device, &arch) || fa_cuda_check(p, arch))
+        return 0; /* as the forward will tell */
+    fa_cuda_plan(p, arch, 0, steps);
+    return fa_cuda_counter_bytes(&steps[0].variant);
 }
 
 enum fa_status fa_cuda_forward(const struct fa_params *p) {
+    if (p->workspace_bytes < fa_cuda_forward_workspace(p))
+        return fa_cuda_fail(FA_INVALID, "workspace_bytes: too small");
     struct fa_kernel_params k = describe(p);
     return run(p, &k);
 }

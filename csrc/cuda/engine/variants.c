@@ -15,6 +15,7 @@ static const struct {
     [FA_CUDA_CONVERT] = {"backward_convert.cu", "fa_backward_convert"},
     [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
     [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
+    [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
 };
 
 const char *fa_cuda_file(const struct fa_cuda_variant *v) {
@@ -164,12 +165,11 @@ static int shared_limit(int arch) {
     }
 }
 
-static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch,
-                                    int multiprocessors) {
+static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch, int sm_count) {
     const int head_dim = (int)p->head_dim, head_dim_v = (int)p->head_dim_v;
     const int64_t blocks = p->batch * p->heads_q * div_up(p->seq_q, 128);
     const int features = (p->mask.data ? MASK : 0) | (p->dropout_p > 0 ? DROPOUT : 0) |
-                         (blocks > multiprocessors ? MANY : 0);
+                         (blocks > sm_count ? MANY : 0);
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
         if (t->kernel == kernel && t->operand == operand_of(p) &&
@@ -278,9 +278,8 @@ static int mask_kind(const struct fa_params *p) {
     return p->mask.dtype == FA_BOOL ? 1 : p->mask.dtype == p->dtype ? 2 : 3;
 }
 
-static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
-                                int multiprocessors) {
-    const struct tile *t = find_tile(kernel, p, arch, multiprocessors);
+static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch, int sm_count) {
+    const struct tile *t = find_tile(kernel, p, arch, sm_count);
     struct fa_cuda_step s = {
         .variant = {.kernel = (uint8_t)kernel,
                     .dtype = (uint8_t)p->dtype,
@@ -313,20 +312,21 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
     return s;
 }
 
-int fa_cuda_plan(const struct fa_params *p, int arch, int multiprocessors,
+int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
     int count = 0;
     if (!is_backward(p)) {
-        steps[count++] = step(FA_CUDA_FORWARD, p, arch, multiprocessors);
+        steps[count] = step(FA_CUDA_FORWARD, p, arch, sm_count);
+        fa_cuda_forward_sm90(p, &steps[count++]);
         return count;
     }
-    steps[count++] = step(FA_CUDA_PREPARE, p, arch, multiprocessors);
-    steps[count++] = step(FA_CUDA_BACKWARD, p, arch, multiprocessors);
+    steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
+    steps[count++] = step(FA_CUDA_BACKWARD, p, arch, sm_count);
     if (p->dq.data)
-        steps[count++] = step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch,
-                              multiprocessors);
+        steps[count++] =
+            step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);
     if (p->dmask.data && p->deterministic && mask_grad_broadcasts(p))
-        steps[count++] = step(FA_CUDA_BACKWARD_MASK, p, arch, multiprocessors);
+        steps[count++] = step(FA_CUDA_BACKWARD_MASK, p, arch, sm_count);
     return count;
 }
 
@@ -352,6 +352,11 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DBLOCK_N=%d", v->block_n);
     ADD("-DTHREADS=%d", v->threads);
     ADD("-DSTAGES=%d", v->stages);
+    if (v->kernel == FA_CUDA_FORWARD_SM90) {
+        ADD("-DQ_BUFFERS=%d", v->q_buffers);
+        ADD("-DPING_PONG=%d", v->ping_pong);
+        ADD("-DFA_MASK_TILES=%d", v->mask_tiles);
+    }
 #undef ADD
     *at = 0;
 }

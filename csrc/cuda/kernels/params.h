@@ -16,10 +16,19 @@ struct fa_kernel_mask {
     long long stride_batch, stride_head, stride_row, stride_col; /* 0 broadcasts */
 };
 
+struct fa_kernel_counter {
+    unsigned long long owner; /* launch, or launch + 1 while it is made ready */
+    int taken;
+};
+
 struct fa_kernel_params {
     int batch, heads_q, heads_k;
     int seq_q, seq_k;
-    int blocks; /* of queries (forward) or of keys (backward) for one head */
+    int blocks;      /* of queries (forward) or of keys (backward) for one head */
+    int group_heads; /* forward_sm90: heads that are worked on together */
+
+    struct fa_kernel_counter *counter; /* of dispenser.cuh; NULL: work is dealt out in turns */
+    unsigned long long launch;         /* an even number that no other launch has */
 
     struct fa_kernel_tensor q;   /* [B, Hq, Sq, D] */
     struct fa_kernel_tensor k;   /* [B, Hk, Sk, D] */

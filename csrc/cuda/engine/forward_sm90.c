@@ -1,0 +1,176 @@
+/* The forward for sm_90a (kernels/forward_sm90.cu): which calls it takes, its tiles and its tensor
+ * maps. */
+#include "../kernels/params.h"
+#include "engine.h"
+
+static int64_t div_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+static int max(int a, int b) {
+    return a > b ? a : b;
+}
+
+/* Tiles of block_m queries x block_n keys; a warpgroup for each 64 queries. A thread holds
+ * Dv / 2 registers of O, block_n / 2 of S and block_n / 4 of P; it has 240 registers where two
+ * warpgroups compute and 160 where three do. The first row that has room is taken. */
+static const struct tile {
+    int max_head_dim; /* the larger of D and Dv */
+    /* BARE: without mask and dropout, which take registers; PLAIN: of many queries, too; FULL:
+     * without a window, too. */
+    enum calls { ANY, BARE, PLAIN, FULL } calls;
+    int block_m, block_n;
+} tiles[] = {
+    {64, PLAIN, 192, 128}, {96, FULL, 192, 96},  {128, FULL, 192, 80},
+    {128, ANY, 128, 128},  {192, BARE, 128, 96}, {256, ANY, 128, 64},
+};
+enum { MANY_QUERIES = 1536, STAGES = 2, SHARED_LIMIT = 227 << 10 };
+
+/* Panels<rows, cols> of kernels/panels.cuh. */
+static int panels_bytes(int rows, int cols) {
+    return (cols + 63) / 64 * rows * 128;
+}
+
+/* MaskTile of kernels/mask_tile.cuh. */
+static int mask_bytes(const struct fa_cuda_variant *v) {
+    const int elem_bytes = v->mask == 3 ? 4 : v->mask;
+    const int panels = (v->block_n * elem_bytes + 127) / 128;
+    return v->mask_tiles == 0 ? 16 : panels * (v->mask_tiles == 2 ? 1024 : v->block_m * 128);
+}
+
+/* The struct Shared of the kernel. */
+static int shared_bytes(const struct fa_cuda_variant *v) {
+    enum { BARRIERS = 512 };
+    return v->q_buffers * panels_bytes(v->block_m, max(v->head_dim, v->head_dim_v)) +
+           v->stages * (panels_bytes(v->block_n, v->head_dim) +
+                        panels_bytes(v->block_n, v->head_dim_v) + mask_bytes(v)) +
+           BARRIERS;
+}
+
+/* The first tile that is for the call and has room in shared memory. */
+static int choose_tile(const struct fa_params *p, struct fa_cuda_variant *v) {
+    const enum calls calls = v->mask || v->dropout     ? ANY
+                             : p->seq_q < MANY_QUERIES ? BARE
+                             : v->window               ? PLAIN
+                                                       : FULL;
+    for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
+        const struct tile *t = &tiles[i];
+        if (t->max_head_dim < max(v->head_dim, v->head_dim_v) || t->calls > calls)
+            continue;
+        v->block_m = (uint16_t)t->block_m;
+        v->block_n = (uint16_t)t->block_n;
+        for (v->q_buffers = 2; v->q_buffers > 0; v->q_buffers--) {
+            if (shared_bytes(v) <= SHARED_LIMIT)
+                return 1;
+        }
+    }
+    return 0;
+}
+
+size_t fa_cuda_counter_bytes(const struct fa_cuda_variant *v) {
+    /* Without a window all pieces of work are of one size. */
+    return v->kernel == FA_CUDA_FORWARD_SM90 && v->window ? sizeof(struct fa_kernel_counter) : 0;
+}
+
+/* Strides of a tensor map are multiples of 16 bytes, below 2^40. */
+enum { MAPPED = 1 << 30 };
+
+static int can_be_mapped(const struct fa_tensor *t, int64_t rows) {
+    return t->stride_batch < MAPPED && t->stride_head < MAPPED && t->stride_row < MAPPED &&
+           (t->stride_row > 0 || rows == 1);
+}
+
+/* 0: the mask is read element by element; 1: in tiles; 2: in tiles of one row. */
+static int mask_tiles(const struct fa_params *p, int mask) {
+    const int64_t stride[3] = {p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch};
+    const int64_t elem_bytes = mask == 3 ? 4 : mask;
+    if (!mask || p->mask.stride_col != 1 || ((uintptr_t)p->mask.data & 15))
+        return 0;
+    for (int i = 0; i < 3; i++) {
+        if (stride[i] >= MAPPED || (stride[i] * elem_bytes & 15))
+            return 0;
+    }
+    return p->mask.stride_row ? 1 : 2;
+}
+
+int fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
+    struct fa_cuda_variant *v = &step->variant;
+    if (v->arch != 90 || !v->aligned || (v->dtype != FA_BFLOAT16 && v->dtype != FA_FLOAT16) ||
+        p->seq_q == 0 || p->seq_k == 0 || !can_be_mapped(&p->q, p->seq_q) ||
+        !can_be_mapped(&p->k, p->seq_k) || !can_be_mapped(&p->v, p->seq_k) ||
+        !can_be_mapped(&p->out, p->seq_q))
+        return 0;
+    v->kernel = FA_CUDA_FORWARD_SM90;
+    v->stages = STAGES;
+    v->mask_tiles = (uint16_t)mask_tiles(p, v->mask);
+    if (!choose_tile(p, v)) {
+        v->mask_tiles = 0;
+        choose_tile(p, v);
+    }
+    v->threads = (uint16_t)(128 + 2 * v->block_m);
+    v->ping_pong = max(v->head_dim, v->head_dim_v) <= 128 || v->window;
+    step->blocks = (int)div_up(p->seq_q, v->block_m);
+    step->shared_bytes = (unsigned)shared_bytes(v);
+    return 1;
+}
+
+/* Heads whose keys and values fit into the L2 cache together, with room for what passes by. */
+int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v) {
+    const int64_t bytes = p->seq_k * (p->head_dim + p->head_dim_v) * 2, cache = 32 << 20;
+    const int64_t heads = v->window ? cache / bytes * (p->heads_q / p->heads_k) : 1;
+    return (int)(heads < 1 ? 1 : heads < p->batch * p->heads_q ? heads : p->batch * p->heads_q);
+}
+
+/* Columns, rows, heads and batch entries, in boxes of columns and rows. Strides count elements.
+ * A dimension of size 1 may have any stride and one that is broadcast has 0, where a map wants
+ * something that makes sense. */
+static CUresult encode(CUtensorMap *map, int type, int64_t elem_bytes, void *data,
+                       const int64_t size[4], const int64_t stride[3], int box_cols, int box_rows) {
+    uint64_t map_size[4] = {(uint64_t)size[0]}, map_stride[3];
+    for (int i = 0; i < 3; i++) {
+        const int many = size[i + 1] > 1 && stride[i];
+        map_size[i + 1] = many ? (uint64_t)size[i + 1] : 1;
+        map_stride[i] = many ? (uint64_t)(stride[i] * elem_bytes) : 1024;
+    }
+    const uint32_t box[4] = {(uint32_t)box_cols, (uint32_t)box_rows, 1, 1}, step[4] = {1, 1, 1, 1};
+    return fa_cuda_driver()->cuTensorMapEncodeTiled(
+        map, type, 4, data, map_size, map_stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+static CUresult encode_tensor(CUtensorMap *map, const struct fa_params *p,
+                              const struct fa_tensor *t, int64_t heads, int64_t rows, int64_t cols,
+                              int box_rows) {
+    const int type = p->dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    return encode(map, type, 2, t->data, (int64_t[]){cols, rows, heads, p->batch},
+                  (int64_t[]){t->stride_row, t->stride_head, t->stride_batch}, 64, box_rows);
+}
+
+static CUresult encode_mask(CUtensorMap *map, const struct fa_params *p,
+                            const struct fa_cuda_variant *v) {
+    const int type = p->mask.dtype == FA_BOOL       ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                     : p->mask.dtype == FA_FLOAT32  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                     : p->mask.dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    const int elem_bytes = v->mask == 3 ? 4 : v->mask;
+    return encode(map, type, elem_bytes, (void *)p->mask.data,
+                  (int64_t[]){p->seq_k, p->seq_q, p->heads_q, p->batch},
+                  (int64_t[]){p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch},
+                  128 / elem_bytes, v->mask_tiles == 2 ? 1 : v->block_m);
+}
+
+enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
+                                   struct fa_cuda_maps *maps) {
+    CUresult error = encode_tensor(&maps->q, p, &p->q, p->heads_q, p->seq_q, p->head_dim, 64);
+    if (!error)
+        error = encode_tensor(&maps->k, p, &p->k, p->heads_k, p->seq_k, p->head_dim, v->block_n);
+    if (!error)
+        error = encode_tensor(&maps->v, p, &p->v, p->heads_k, p->seq_k, p->head_dim_v, v->block_n);
+    if (!error)
+        error = encode_tensor(&maps->out, p, &p->out, p->heads_q, p->seq_q, p->head_dim_v, 64);
+    if (!error && v->mask_tiles)
+        error = encode_mask(&maps->mask, p, v);
+    return error ? fa_cuda_driver_error("tensor map", error) : FA_OK;
+}
