@@ -17,7 +17,7 @@ from flash_attn_ext.series.dropout import keep_mask
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(1, 17), (37, 16), (130, 300)])
 def test_the_very_same_are_dropped(seq_q, seq_k, dropout_p, dtype, device):
     """With equal scores and the identity for V the output is P itself, dropped and rescaled."""
@@ -48,11 +48,11 @@ def test_heads_and_batches_drop_differently(device):
             assert 0.4 < agreement < 0.6  # 4096 coins: 0.5 +- 0.008
 
 
-@pytest.mark.parametrize("dropout_p", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("dropout_p", [0.05, 0.5, 0.51, 0.99])
 def test_keep_rate(dropout_p, device):
     kept = keep_mask(draw_rng_state(device), dropout_p, 1, 4, range(512), range(512)).float()
     sigma = (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
-    assert abs(kept.mean().item() - (1 - dropout_p)) < 6 * sigma + 2**-16
+    assert abs(kept.mean().item() - (1 - dropout_p)) < 6 * sigma + 2**-15
     # Nor does any row or column of the Philox tiles stand out.
     for dim in (-1, -2):
         rates = kept.mean(dim)

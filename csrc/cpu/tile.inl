@@ -298,8 +298,8 @@ static void T(draw_dropout)(real *keep, const struct fa_params *p, int64_t batch
                 if (j < 0 || j >= keys)
                     continue;
                 for (int r = 0; r < ld; r++) {
-                    const uint32_t number = words[n >> 1][r] >> 16 * (n & 1) & 0xffff;
-                    keep[j * ld + r] = number >= threshold ? scale : 0;
+                    const uint32_t half = words[n >> 1][r] >> 16 * (n & 1);
+                    keep[j * ld + r] = fa_dropout_keeps(half, threshold) ? scale : 0;
                 }
             }
         }

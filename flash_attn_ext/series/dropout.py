@@ -12,14 +12,14 @@ WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: turns each counter of four 32-bit words into four random 32-bit words.
+    """Philox4x32-7: turns each counter of four 32-bit words into four random 32-bit words.
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. PyTorch computes little in
     uint32, so the words are int64 tensors (that broadcast) with values below 2^32.
     """
     c0, c1, c2, c3 = counter
     key0, key1 = key
-    for _ in range(10):
+    for _ in range(7):
         # Below 2^64, so int64 may wrap around: shift and mask find both halves all the same.
         product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0 = (product1 >> 32) & WORD ^ c1 ^ key0
@@ -40,7 +40,7 @@ def keep_mask(
 ) -> Tensor:  # [batch, heads, len(rows), len(cols)]
     """True where an element of P is kept, for a tile of `rows` x `cols` of every batch and head.
 
-    Philox gives eight 16-bit numbers at a time. They serve the eight elements of a 16 x 16 tile
+    Philox gives eight 15-bit numbers at a time. They serve the eight elements of a 16 x 16 tile
     with the same low three bits of the row and the same bits 1 and 2 of the column (see
     csrc/dropout.h): computed once each here, then laid out by the bits of row and column.
     """
@@ -58,8 +58,9 @@ def keep_mask(
         offset & WORD,
     )
     words = philox(counter, (seed & WORD, (seed >> 32) & WORD))
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    kept = torch.stack(halves, dim=-1) >= int(dropout_p * 65536 + 0.5)
+    halves = [half for word in words for half in (word, word >> 16)]
+    number, threshold = torch.stack(halves, dim=-1) & 0x7FFF, int(dropout_p * 32768 + 0.5)
+    kept = number >= threshold if threshold <= 16384 else number < 32768 - threshold
 
     # Number n belongs to bit 3 of the row, bit 3 of the column and bit 0 of the column.
     kept = kept.view(batch, heads, len(row_tiles), 8, len(col_tiles), 4, 2, 2, 2)

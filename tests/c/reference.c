@@ -42,8 +42,10 @@ static double dropout_factor(const struct fa_params *p, int64_t b, int64_t h, in
                          (uint32_t)(b * p->heads_q + h), (uint32_t)p->rng_state[1]};
     fa_philox(words, (uint32_t)p->rng_state[0], (uint32_t)(p->rng_state[0] >> 32));
     int64_t n = (i >> 3 & 1) * 4 + (j >> 3 & 1) * 2 + (j & 1);
-    uint32_t number = words[n >> 1] >> 16 * (n & 1) & 0xFFFF;
-    return number < fa_dropout_threshold(p->dropout_p) ? 0 : 1 / (1 - p->dropout_p);
+    uint32_t number = words[n >> 1] >> 16 * (n & 1) & 0x7FFF;
+    uint32_t threshold = (uint32_t)(p->dropout_p * 32768 + 0.5);
+    int kept = threshold <= 16384 ? number >= threshold : number < 32768 - threshold;
+    return kept ? 1 / (1 - p->dropout_p) : 0;
 }
 
 static struct result result_row(const struct result *r, int64_t row) {

@@ -76,8 +76,10 @@ enum { FA_CUDA_FAR = 1 << 29 };
 /* Whether there are kernels for p on an architecture, whatever this machine has. */
 enum fa_status fa_cuda_check(const struct fa_params *p, int arch);
 
-/* The launches of a call that passed fa_cuda_check, in order; returns how many. */
-int fa_cuda_plan(const struct fa_params *p, int arch, struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]);
+/* The launches of a call that passed fa_cuda_check, in order; returns how many. Where the device
+ * has more multiprocessors than the call has blocks, these are smaller. */
+int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
+                 struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]);
 
 /* A variant's file in csrc/cuda/kernels, its function there, and its macros as options of the
  * compiler, one after the other, each ending in a NUL, with an empty one last. */

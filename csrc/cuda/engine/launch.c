@@ -1,6 +1,8 @@
 /* The entry points: describes a call to the kernels and launches them on the caller's stream. */
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/random.h>
 
 #include "../../dropout.h"
@@ -118,16 +120,18 @@ static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_ste
 }
 
 static enum fa_status run(const struct fa_params *p, struct fa_kernel_params *k) {
-    int arch, pushed;
+    int arch, sm_count, pushed;
     enum fa_status status = fa_cuda_supports(p);
     if (!status)
         status = fa_cuda_arch(p->device, &arch);
+    if (!status)
+        status = fa_cuda_sm_count(p->device, &sm_count);
     if (!status)
         status = fa_cuda_enter(p->device, &pushed);
     if (status)
         return status;
     struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
-    const int count = fa_cuda_plan(p, arch, steps);
+    const int count = fa_cuda_plan(p, arch, sm_count, steps);
     status = launch(p, steps, count, k);
     fa_cuda_leave(pushed);
     return status;
@@ -138,7 +142,7 @@ size_t fa_cuda_forward_workspace(const struct fa_params *p) {
     int arch;
     if (fa_cuda_arch(p->device, &arch) || fa_cuda_check(p, arch))
         return 0; /* as the forward will tell */
-    fa_cuda_plan(p, arch, steps);
+    fa_cuda_plan(p, arch, 0, steps);
     return fa_cuda_counter_bytes(&steps[0].variant);
 }
 
@@ -184,9 +188,15 @@ enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
     enum fa_status status = fa_cuda_check(p, arch);
     if (status)
         return status;
-    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
-    const int count = fa_cuda_plan(p, arch, steps);
+    /* As for a device with fewer multiprocessors than the call has blocks, and for one with more.
+     */
+    struct fa_cuda_step steps[2 * FA_CUDA_MAX_STEPS];
+    const int fewer = fa_cuda_plan(p, arch, 0, steps);
+    const int count = fewer + fa_cuda_plan(p, arch, INT_MAX, steps + fewer);
     for (int i = 0; i < count; i++) {
+        if (i >= fewer &&
+            memcmp(&steps[i].variant, &steps[i - fewer].variant, sizeof steps[i].variant) == 0)
+            continue;
         struct fa_cuda_code code;
         status = fa_cuda_code_of(&steps[i].variant, 1, &code);
         if (status)

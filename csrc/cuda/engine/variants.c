@@ -28,7 +28,8 @@ const char *fa_cuda_entry(const struct fa_cuda_variant *v) {
 /* What products are made of: kernels/operand.cuh. */
 enum operand { HALF, TF32, TWO_TF32 };
 
-enum { MASK = 1, DROPOUT = 2 };
+/* Features of a call; MANY: it has more blocks of 128 queries than the device multiprocessors. */
+enum { MASK = 1, DROPOUT = 2, MANY = 4 };
 
 /* Tiles of block_m queries x block_n keys, worked on by `threads`, with room for `stages` tiles of
  * what passes by. The first row is taken that is for the kernel, the operand and the features, has
@@ -37,14 +38,19 @@ static const struct tile {
     int kernel;
     enum operand operand;
     int max_head_dim; /* the larger of D and Dv */
-    int without;      /* only calls without these: addresses and numbers that take registers */
+    int without;      /* only calls without these */
     int block_m, block_n, threads, stages, resident;
 } tiles[] = {
+    /* A block to a multiprocessor is a warp to each of its four parts, alone with all its waiting:
+     * so blocks of half the queries, 4 warps of 16. */
+    {FA_CUDA_FORWARD, HALF, 64, MANY, 64, 64, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, MANY, 64, 64, 128, 2, 1},
     /* 4 warps of 32 queries: each operand that a warp loads of K and V serves two products, else
      * shared memory is the limit. A thread holds Dv registers of O, block_n of S and block_n / 4 of
      * P, of 255, with Q among them up to 64. Two blocks: one multiplies, one is at its softmax. */
     {FA_CUDA_FORWARD, HALF, 64, 0, 128, 64, 128, 2, 2},
-    {FA_CUDA_FORWARD, HALF, 64, 0, 128, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 64, MASK, 128, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, HALF, 64, 0, 128, 48, 128, 1, 2},
     {FA_CUDA_FORWARD, HALF, 128, MASK | DROPOUT, 128, 64, 128, 2, 2},
     {FA_CUDA_FORWARD, HALF, 128, 0, 128, 48, 128, 2, 2},
     {FA_CUDA_FORWARD, HALF, 128, MASK | DROPOUT, 128, 64, 128, 1, 2},
@@ -107,6 +113,10 @@ static int round_up_16(int n) {
     return (n + 15) / 16 * 16;
 }
 
+static int64_t div_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
 static int max(int a, int b) {
     return a > b ? a : b;
 }
@@ -164,9 +174,11 @@ static int shared_limit(int arch) {
     }
 }
 
-static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch) {
+static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch, int sm_count) {
     const int head_dim = max((int)p->head_dim, (int)p->head_dim_v);
-    const int features = (p->mask.data ? MASK : 0) | (p->dropout_p > 0 ? DROPOUT : 0);
+    const int64_t blocks = p->batch * p->heads_q * div_up(p->seq_q, 128);
+    const int features = (p->mask.data ? MASK : 0) | (p->dropout_p > 0 ? DROPOUT : 0) |
+                         (blocks > sm_count ? MANY : 0);
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
         if (t->kernel == kernel && t->operand == operand_of(p) && head_dim <= t->max_head_dim &&
@@ -179,10 +191,6 @@ static const struct tile *find_tile(int kernel, const struct fa_params *p, int a
 
 static int is_backward(const struct fa_params *p) {
     return p->dout.data != NULL;
-}
-
-static int64_t div_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
 }
 
 /* Whether several scores have the same element of the mask's gradient. */
@@ -220,7 +228,7 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
     REQUIRE(p->dtype != FA_FLOAT64 && (p->dtype != FA_FLOAT32 || !is_backward(p)), FA_UNSUPPORTED,
             "dtype: the CUDA kernels are for float16, bfloat16 and, forward, float32")
     REQUIRE(p->head_dim > 0 && p->head_dim_v > 0 &&
-                find_tile(is_backward(p) ? FA_CUDA_BACKWARD : FA_CUDA_FORWARD, p, arch),
+                find_tile(is_backward(p) ? FA_CUDA_BACKWARD : FA_CUDA_FORWARD, p, arch, -1),
             FA_UNSUPPORTED, "head size: the CUDA kernels are for 1 to 256")
     REQUIRE(p->seq_q <= FA_CUDA_FAR && p->seq_k <= FA_CUDA_FAR &&
                 p->batch * p->heads_q * div_up(p->seq_q > p->seq_k ? p->seq_q : p->seq_k, 32) <=
@@ -231,7 +239,7 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
             FA_INVALID, "dmask: in_dtype is for a mask of the dtype of q that broadcasts nothing")
     REQUIRE(!p->dmask.data || !p->deterministic ||
                 p->batch * p->heads_q *
-                        mask_grad_blocks(p, find_tile(FA_CUDA_BACKWARD_MASK, p, arch)) <=
+                        mask_grad_blocks(p, find_tile(FA_CUDA_BACKWARD_MASK, p, arch, -1)) <=
                     INT_MAX,
             FA_UNSUPPORTED, "mask: its gradient is too large for one launch")
     REQUIRE(p->softcap == 0, FA_UNSUPPORTED, "softcap: not in the CUDA kernels")
@@ -275,8 +283,8 @@ static int all_aligned(const struct fa_params *p) {
     return 1;
 }
 
-static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch) {
-    const struct tile *t = find_tile(kernel, p, arch);
+static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch, int sm_count) {
+    const struct tile *t = find_tile(kernel, p, arch, sm_count);
     struct fa_cuda_step s = {
         .variant = {.kernel = (uint8_t)kernel,
                     .dtype = (uint8_t)p->dtype,
@@ -311,20 +319,21 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch)
     return s;
 }
 
-int fa_cuda_plan(const struct fa_params *p, int arch,
+int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
     int count = 0;
     if (!is_backward(p)) {
-        steps[count] = step(FA_CUDA_FORWARD, p, arch);
+        steps[count] = step(FA_CUDA_FORWARD, p, arch, sm_count);
         fa_cuda_forward_sm90(p, &steps[count++]);
         return count;
     }
-    steps[count++] = step(FA_CUDA_PREPARE, p, arch);
-    steps[count++] = step(FA_CUDA_BACKWARD, p, arch);
+    steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
+    steps[count++] = step(FA_CUDA_BACKWARD, p, arch, sm_count);
     if (p->dq.data)
-        steps[count++] = step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch);
+        steps[count++] =
+            step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);
     if (p->dmask.data && p->deterministic && mask_grad_broadcasts(p))
-        steps[count++] = step(FA_CUDA_BACKWARD_MASK, p, arch);
+        steps[count++] = step(FA_CUDA_BACKWARD_MASK, p, arch, sm_count);
     return count;
 }
 

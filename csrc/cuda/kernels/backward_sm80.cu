@@ -282,7 +282,7 @@ static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_p
                 P = exp2_approx(min_nan(fmaf(P, p.scale_log2e, -lse), 0));
 #endif
                 const int number = x % 2 * 4 + x / 4 * 2 + x % 4 / 2;
-                if (FA_DROPOUT && !Dropout::keeps(p, word, number))
+                if (FA_DROPOUT && !dropout.keeps(word, number))
                     P = -P;
             }
         }

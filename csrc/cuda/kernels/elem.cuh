@@ -45,6 +45,18 @@ static __device__ __forceinline__ float min_nan(float x, float y) {
     return least;
 }
 
+/* Of two floats of 16 bits in each: ones where the first, without its sign, is not less than the
+ * second, or a NaN. */
+static __device__ __forceinline__ unsigned size_not_less_f16x2(unsigned x, unsigned y) {
+    unsigned mask;
+    asm("{.reg .b32 size;\n"
+        "abs.f16x2 size, %1;\n"
+        "set.geu.u32.f16x2 %0, size, %2;}"
+        : "=r"(mask)
+        : "r"(x), "r"(y));
+    return mask;
+}
+
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)

@@ -17,6 +17,7 @@
 
 constexpr int WARP_TILES = BLOCK_M / (THREADS / 32) / 16; /* of 16 queries */
 constexpr int KEY_TILES = BLOCK_N / 8, KEY_STEPS = BLOCK_N / MMA_DEPTH;
+constexpr int DRAW_STEPS = 16 / MMA_DEPTH; /* numbers are drawn for 16 keys at a time */
 constexpr int OUT_TILES = round_up_16(HEAD_DIM_V) / 8;
 constexpr int DEPTH_STEPS = round_up_16(HEAD_DIM) / MMA_DEPTH;
 static_assert(WARP_TILES * 16 * (THREADS / 32) == BLOCK_M, "a warp has whole tiles of queries");
@@ -74,12 +75,46 @@ multiply_scores(float (&S)[WARP_TILES][KEY_TILES][4], const QTile &Q, int first_
     }
 }
 
-/* O += P V; P is used up. */
+/* The numbers that decide which of P to keep, of 16 keys. */
+struct Numbers {
+    unsigned word[WARP_TILES][4];
+
+    /* Of the warp's rows, from i on, and the keys from j on. */
+    __device__ __forceinline__ void draw(const Dropout &dropout, int i, int j) {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int w = 0; w < WARP_TILES; w++)
+            dropout.draw(word[w], i + 16 * w, j, g, t);
+    }
+
+    /* P of these keys, the 8 n-th and on of a tile. What is kept is divided by 1 - dropout_p at the
+     * end, in O. */
+    __device__ __forceinline__ void drop(unsigned (&P)[WARP_TILES][KEY_STEPS][4], int n,
+                                         const Dropout &dropout) const {
+#pragma unroll
+        for (int w = 0; w < WARP_TILES; w++)
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                drop_pair(P[w], n + x % 2, x / 2, dropout.kept(word[w][x]));
+    }
+};
+
+/* O += P V, of the warp's rows, from i on, and the keys from j on; P is used up. The numbers of the
+ * next keys are drawn while the tensor cores are busy. */
 static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OUT_TILES][4],
                                                        unsigned (&P)[WARP_TILES][KEY_STEPS][4],
-                                                       const VTile &V) {
+                                                       const VTile &V, const Dropout &dropout,
+                                                       int i, int j) {
+    Numbers numbers;
+    if (FA_DROPOUT)
+        numbers.draw(dropout, i, j);
 #pragma unroll(UNROLL)
     for (int step = 0; step < KEY_STEPS; step++) {
+        if (FA_DROPOUT && step % DRAW_STEPS == 0) {
+            numbers.drop(P, 0, dropout);
+            if (step + DRAW_STEPS < KEY_STEPS)
+                numbers.draw(dropout, i, j + MMA_DEPTH * (step + DRAW_STEPS));
+        }
         Operand a[WARP_TILES];
 #pragma unroll
         for (int w = 0; w < WARP_TILES; w++) {
@@ -164,22 +199,6 @@ static __device__ __forceinline__ float finish_scores(float (&S)[KEY_TILES][4],
     return c;
 }
 
-/* What is kept is divided by 1 - dropout_p at the end, in O. */
-static __device__ __forceinline__ void drop(unsigned (&P)[KEY_STEPS][4], const fa_kernel_params &p,
-                                            int b, int h, int i, int j) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const Dropout dropout(p, b, h);
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n += 2) {
-        unsigned word[4];
-        dropout.draw(word, i, j + 8 * n, g, t);
-#pragma unroll
-        for (int number = 0; number < 8; number += 2)
-            drop_pair(P, n + number / 2 % 2, number / 4, Dropout::keeps(p, word, number),
-                      Dropout::keeps(p, word, number + 1));
-    }
-}
-
 /* At least two blocks of 128 threads on a multiprocessor, so that one multiplies while the other
  * is busy with its softmax: 255 registers for a thread. */
 extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
@@ -188,7 +207,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     /* Under a causal mask the last queries have the most keys: they start first. */
     const int tile = p.blocks - 1 - (int)(blockIdx.x % p.blocks);
     const int h = blockIdx.x / p.blocks % p.heads_q, b = blockIdx.x / p.blocks / p.heads_q;
-    const int hk = h / (p.heads_q / p.heads_k);
+    const int hk =
+        p.heads_q == p.heads_k ? h : h / (p.heads_q / p.heads_k); /* divisions take time */
     const int first_query = tile * BLOCK_M, warp_row = warp * 16 * WARP_TILES;
 
     const QTile Q{shared_address(shared_memory)};
@@ -229,6 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
             load_queries(kept[step], Q, warp_row, step);
     }
 
+    const Dropout dropout(p, b, h);
     for (int key = last, stage = 0; key >= begin; key -= BLOCK_N, stage ^= STAGES - 1) {
         const KTile K{stages + stage * STAGE_BYTES};
         const VTile V{K.address + KTile::BYTES};
@@ -263,10 +284,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
         for (int w = 0; w < WARP_TILES; w++) {
             const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);
             softmax[w](P[w], S[w], c, O[w]);
-            if (FA_DROPOUT)
-                drop(P[w], p, b, h, i + 16 * w, key);
         }
-        multiply_values(O, P, V);
+        multiply_values(O, P, V, dropout, i, key);
     }
     cp_async_wait<0>();
     __syncthreads();

@@ -433,7 +433,7 @@ static __device__ __forceinline__ void drop(const fa_kernel_params &p, const Dro
         dropout.draw(word, warp_row, key + 8 * n, g, t);
 #pragma unroll
         for (int x = 0; x < 8; x++)
-            if (!Dropout::keeps(p, word, x % 4 / 2 * 4 + x / 4 * 2 + x % 2))
+            if (!dropout.keeps(word, x % 4 / 2 * 4 + x / 4 * 2 + x % 2))
                 P[n + x / 4][x % 4] = 0;
     }
 }

@@ -82,15 +82,15 @@ static __device__ __forceinline__ void put_pair(unsigned (&A)[STEPS][4], int n, 
 #endif
 }
 
-/* Sets what put_pair has put to 0 unless it is kept. */
+/* Sets what put_pair has put to 0 where the half of the mask is. */
 template <int STEPS>
 static __device__ __forceinline__ void drop_pair(unsigned (&A)[STEPS][4], int n, int r,
-                                                 bool keep_first, bool keep_second) {
+                                                 unsigned mask) {
 #if FA_DTYPE_FP32
-    A[n][r] = keep_first ? A[n][r] : 0;
-    A[n][r + 2] = keep_second ? A[n][r + 2] : 0;
+    A[n][r] = mask & 0x8000 ? A[n][r] : 0;
+    A[n][r + 2] = mask & 0x80000000 ? A[n][r + 2] : 0;
 #else
-    A[n / 2][n % 2 * 2 + r] &= (keep_first ? 0xffff : 0) | (keep_second ? 0xffff0000 : 0);
+    A[n / 2][n % 2 * 2 + r] &= mask;
 #endif
 }
 

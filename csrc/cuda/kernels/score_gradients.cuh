@@ -59,7 +59,7 @@ score_gradients(float (&dS)[TILES][4], const fa_kernel_params &p, const float2 (
             float kept = 1;
             if (FA_DROPOUT) {
                 const int number = x / 2 * 4 + n % 2 * 2 + x % 2;
-                kept = Dropout::keeps(p, word, number) ? p.dropout_scale : 0;
+                kept = dropout.keeps(word, number) ? p.dropout_scale : 0;
             }
             dS[n][x] = probability(s, stats[x / 2].x) * (dS[n][x] * kept - stats[x / 2].y);
         }

@@ -78,14 +78,19 @@ static __device__ __forceinline__ float probability(float score, float lse) {
 
 struct Dropout {
     unsigned key0, key1, offset, head;
+    unsigned limit;   /* of numbers, twice */
+    unsigned flipped; /* ~0: kept are those below */
 
     __device__ __forceinline__ Dropout(const fa_kernel_params &p, int b, int h) {
 #if FA_DROPOUT
+        /* From lane 0, for the compiler to know that they are the same in all. */
         const unsigned long long seed = p.rng_state[0];
-        key0 = (unsigned)seed;
-        key1 = (unsigned)(seed >> 32);
-        offset = (unsigned)p.rng_state[1];
+        key0 = __shfl_sync(~0u, (unsigned)seed, 0);
+        key1 = __shfl_sync(~0u, (unsigned)(seed >> 32), 0);
+        offset = __shfl_sync(~0u, (unsigned)p.rng_state[1], 0);
         head = b * p.heads_q + h;
+        flipped = p.dropout_threshold > 0x4000 ? ~0u : 0;
+        limit = (flipped ? 0x8000 - p.dropout_threshold : p.dropout_threshold) * 0x10001;
 #endif
     }
 
@@ -95,9 +100,10 @@ struct Dropout {
         unsigned c0 = (i >> 4 << 3) + g, c1 = (j >> 4 << 2) + t, c2 = head, c3 = offset;
         unsigned k0 = key0, k1 = key1;
 #pragma unroll
-        for (int round = 0; round < 10; round++) {
-            const unsigned lo0 = 0xD2511F53u * c0, hi0 = __umulhi(0xD2511F53u, c0);
-            const unsigned lo1 = 0xCD9E8D57u * c2, hi1 = __umulhi(0xCD9E8D57u, c2);
+        for (int round = 0; round < 7; round++) {
+            const unsigned long long product0 = 0xD2511F53ull * c0, product1 = 0xCD9E8D57ull * c2;
+            const unsigned lo0 = (unsigned)product0, hi0 = product0 >> 32;
+            const unsigned lo1 = (unsigned)product1, hi1 = product1 >> 32;
             c0 = hi1 ^ c1 ^ k0;
             c1 = lo1;
             c2 = hi0 ^ c3 ^ k1;
@@ -127,8 +133,13 @@ struct Dropout {
         }
     }
 
-    static __device__ __forceinline__ bool keeps(const fa_kernel_params &p,
-                                                 const unsigned (&word)[4], int n) {
-        return (word[n >> 1] >> 16 * (n & 1) & 0xffff) >= p.dropout_threshold;
+    /* Ones in the halves of a word whose numbers say to keep. As floats of 16 bits without a sign
+     * numbers have the same order, NaN last. */
+    __device__ __forceinline__ unsigned kept(unsigned word) const {
+        return size_not_less_f16x2(word, limit) ^ flipped;
+    }
+
+    __device__ __forceinline__ bool keeps(const unsigned (&word)[4], int n) const {
+        return kept(word[n / 2]) & (n % 2 ? 0x80000000 : 0x8000);
     }
 };

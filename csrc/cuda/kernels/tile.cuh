@@ -71,30 +71,42 @@ template <int ROWS_, int COLS_> struct Tile {
         }
     }
 
-    /* Rows [0, rows) to dst, by `threads` threads of which this is number `thread`. */
-    __device__ __forceinline__ void store(elem *dst, long long stride, int rows, int first_row,
-                                          int row_count, int thread, int threads) const {
-        for (int chunk = thread; chunk < row_count * CHUNKS; chunk += threads) {
-            const int row = first_row + chunk / CHUNKS, col = chunk % CHUNKS * CHUNK;
-            if (row >= rows || col >= COLS)
-                continue;
-            unsigned word[4];
-            load_shared_4(word, at(row, col));
-            elem *to = dst + row * stride + col;
-#if FA_ALIGNED
-            if (col + CHUNK <= COLS) {
-                *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
-                continue;
-            }
-#endif
+    /* The first `count` elements of 16 bytes, or all. */
+    static __device__ __forceinline__ void store_chunk(elem *to, const unsigned (&word)[4],
+                                                       int count) {
+        if (FA_ALIGNED && (COLS % CHUNK == 0 || count >= CHUNK)) {
+            store_global_4(to, word);
+        } else {
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) {
-                if (col + i < COLS)
+                if (i < count)
 #if FA_DTYPE_FP32
                     to[i] = __uint_as_float(word[i]);
 #else
                     to[i] = (elem)(word[i / 2] >> 16 * (i % 2));
 #endif
+            }
+        }
+    }
+
+    /* Rows [0, rows) to dst, by `threads` threads of which this is number `thread`. */
+    __device__ __forceinline__ void store(elem *dst, long long stride, int rows, int first_row,
+                                          int row_count, int thread, int threads) const {
+        constexpr int AHEAD = 8; /* loads on the way at a time */
+        const int chunks = row_count * CHUNKS;
+        for (int first = thread; first < chunks; first += AHEAD * threads) {
+            unsigned word[AHEAD][4];
+#pragma unroll
+            for (int x = 0; x < AHEAD; x++) {
+                const int chunk = min(first + x * threads, chunks - 1);
+                load_shared_4(word[x], at(first_row + chunk / CHUNKS, chunk % CHUNKS * CHUNK));
+            }
+#pragma unroll
+            for (int x = 0; x < AHEAD; x++) {
+                const int chunk = first + x * threads;
+                const int row = first_row + chunk / CHUNKS, col = chunk % CHUNKS * CHUNK;
+                if (chunk < chunks && row < rows && col < COLS)
+                    store_chunk(dst + row * stride + col, word[x], COLS - col);
             }
         }
     }

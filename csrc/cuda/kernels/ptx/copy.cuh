@@ -1,4 +1,4 @@
-/* Asynchronous copies of sm_80 from global to shared memory. */
+/* Asynchronous copies of sm_80 from global to shared memory, and other ways in and out of it. */
 #pragma once
 
 static __device__ __forceinline__ unsigned shared_address(const void *p) {
@@ -25,6 +25,13 @@ static __device__ __forceinline__ void cp_async_commit() {
 /* Waits until at most N of this thread's latest groups are under way. */
 template <int N> static __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* 16 bytes of global memory. */
+static __device__ __forceinline__ void store_global_4(void *to, const unsigned (&r)[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 /* Words of shared memory. */
