@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import (
+    EPS,
     DTYPES,
     LAYOUTS,
     assert_same_bits,
@@ -13,6 +14,7 @@ from helpers import (
     kernel_attention,
     last_dim_strided,
     make_case,
+    max_abs,
     permuted,
 )
 
@@ -27,10 +29,13 @@ def assert_layouts_agree(case, layout_of, grad_layout=contiguous):
     grad_out = grad_layout(torch.randn_like(copies[0] @ copies[1].mT @ copies[2]))
     attention = case.bind(kernel_attention)
     with deterministic_algorithms():
-        assert_same_bits(
-            forward_backward(attention, inputs, grad_out),
-            forward_backward(attention, copies, grad_out.contiguous()),
-        )
+        results = forward_backward(attention, inputs, grad_out)
+        expected = forward_backward(attention, copies, grad_out.contiguous())
+    if not case.q.is_cuda:
+        assert_same_bits(results, expected)
+    else:  # there the layout decides about the kernel
+        for name, x in expected.items():
+            assert max_abs(results[name] - x) <= 4 * EPS[x.dtype] * max_abs(x), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
