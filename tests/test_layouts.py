@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers import (
-    EPS,
     DTYPES,
+    EPS,
     LAYOUTS,
     assert_same_bits,
     contiguous,

@@ -35,7 +35,9 @@ constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
 #if __CUDA_ARCH__ >= 1000
 constexpr int UNROLL = 1;
 #else
-constexpr int UNROLL = STAGES == 1 ? 1 : FA_MASK || FA_DROPOUT ? 2 : 3;
+constexpr int UNROLL = STAGES == 1 || (FA_MASK && HEAD_DIM > 64) ? 1
+                       : FA_MASK || FA_DROPOUT                   ? 2
+                                                                 : 3;
 #endif
 static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
 /* Warps for dQ: 32 queries each, and the columns shared by those that are left. */
