@@ -9,8 +9,7 @@ struct SplitBarrier {
 
     /* By one thread, before a __syncthreads. */
     __device__ __forceinline__ void init() const {
-        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address), "n"(THREADS)
-                     : "memory");
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address), "n"(THREADS) : "memory");
     }
     /* By every thread: one for its warp is no faster, and compute-sanitizer would see races. */
     __device__ __forceinline__ void arrive() const {
