@@ -54,7 +54,8 @@ static const struct tile {
     {FA_CUDA_FORWARD, HALF, 128, MASK | DROPOUT, 128, 64, 128, 2, 2},
     {FA_CUDA_FORWARD, HALF, 128, 0, 128, 48, 128, 2, 2},
     {FA_CUDA_FORWARD, HALF, 128, MASK | DROPOUT, 128, 64, 128, 1, 2},
-    {FA_CUDA_FORWARD, HALF, 128, 0, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, DROPOUT, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, HALF, 128, 0, 128, 32, 128, 1, 2},
     {FA_CUDA_FORWARD, HALF, 128, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
     /* 4 warps of 16 queries: half of that. */
     {FA_CUDA_FORWARD, HALF, 256, MASK | DROPOUT, 64, 64, 128, 1, 2},
@@ -70,7 +71,8 @@ static const struct tile {
     {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 2},
     {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 1}, /* 99 KiB */
     /* Twice the operands, and sums on their way to O; but three products for each operand. */
-    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 64, DROPOUT, 128, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 64, 32, 128, 2, 2},
     {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
     {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 2, 2},
     {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 2},
