@@ -314,10 +314,14 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], expected), f"{name}: {max_abs(a[name] - expected):.3g} apart"
 
 
-def assert_agree(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """The same results up to the order in which the CUDA backward's blocks add up their dQ."""
+def assert_agree(a: dict[str, Tensor], b: dict[str, Tensor], *, same_forward: bool = True) -> None:
+    """The same results up to the order in which the CUDA backward's blocks add up their dQ.
+
+    Where not even the forward was the same kernel, up to rounding.
+    """
     assert a.keys() == b.keys()
-    assert torch.equal(a["out"], b["out"]), f"out: {max_abs(a['out'] - b['out']):.3g} apart"
+    if same_forward:
+        assert torch.equal(a["out"], b["out"]), f"out: {max_abs(a['out'] - b['out']):.3g} apart"
     for name, expected in b.items():
         error, largest = max_abs(a[name].double() - expected), max_abs(expected)
         allowed = (4 * EPS[expected.dtype] + 32 * EPS[torch.float32]) * largest

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
-    EPS,
     LAYOUTS,
+    assert_agree,
     assert_same_bits,
     contiguous,
     deterministic_algorithms,
@@ -14,12 +14,17 @@ from helpers import (
     kernel_attention,
     last_dim_strided,
     make_case,
-    max_abs,
     permuted,
 )
 
 INPUTS = ["q", "k", "v", "mask"]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+
+
+def rows_are_aligned(x):
+    """To 16 bytes, or copied by us to where they are."""
+    starts = x.data_ptr(), *(stride * x.itemsize for stride in x.stride()[:-1])
+    return x.stride(-1) != 1 or all(start % 16 == 0 for start in starts)
 
 
 def assert_layouts_agree(case, layout_of, grad_layout=contiguous):
@@ -33,9 +38,12 @@ def assert_layouts_agree(case, layout_of, grad_layout=contiguous):
         expected = forward_backward(attention, copies, grad_out.contiguous())
     if not case.q.is_cuda:
         assert_same_bits(results, expected)
-    else:  # there the layout decides about the kernel
-        for name, x in expected.items():
-            assert max_abs(results[name] - x) <= 4 * EPS[x.dtype] * max_abs(x), name
+    elif case.q.dtype.itemsize > 2:  # their backward is products of PyTorch's, of any layout
+        assert_agree(results, expected)
+    elif not all(map(rows_are_aligned, inputs[:3])):  # there is another forward for those that are
+        assert_agree(results, expected, same_forward=False)
+    else:
+        assert_same_bits(results, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
