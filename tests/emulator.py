@@ -58,6 +58,7 @@ def read_structs(header: str) -> None:
 
 read_structs("flash_attention.h")
 read_structs("cuda/kernels/params.h")
+KernelParams = TYPES["struct fa_kernel_params"]
 Params, TensorStruct, MaskStruct, MaskGradStruct = (
     TYPES[f"struct fa_{name}"] for name in ("params", "tensor", "mask", "mask_grad")
 )
@@ -77,6 +78,7 @@ def library() -> ctypes.CDLL:
         getattr(lib, name).restype = ctypes.c_size_t
     lib.fa_cuda_last_error.restype = ctypes.c_char_p
     lib.emu_set_seed.argtypes = [ctypes.c_uint64]
+    lib.emu_launch.restype = ctypes.c_char_p
     return lib
 
 
@@ -190,3 +192,67 @@ def emulated(
         return Attention.apply(q, k, v, mask, rng_state, call, deterministic)
 
     return attention
+
+
+# --- one kernel ------------------------------------------------------------------------------
+
+
+def launch(
+    file: str,
+    entry: str,
+    *parameters: ctypes.Structure | Tensor,
+    grid: int,
+    threads: int,
+    shared_bytes: int = 0,
+    arch: int = 90,
+    seed: int = 0,
+    **macros: int,
+) -> None:
+    """Compiles a kernel of csrc/cuda/kernels with these macros and runs it.
+
+    parameters: the kernel's, as the structs of TYPES or as bytes (tensor_maps).
+    """
+    lib = library()
+    lib.emu_set_seed(seed)
+    options = [f"--gpu-architecture=sm_{arch}", f"-DTHREADS={threads}"]
+    options += [f"-D{name}={value}" for name, value in macros.items()]
+    addresses = [
+        x.data_ptr() if isinstance(x, Tensor) else ctypes.addressof(x) for x in parameters
+    ]
+    problem = lib.emu_launch(
+        file.encode(),
+        entry.encode(),
+        len(options),
+        (ctypes.c_char_p * len(options))(*(option.encode() for option in options)),
+        grid,
+        threads,
+        shared_bytes,
+        (ctypes.c_void_p * len(addresses))(*addresses),
+    )
+    if problem:
+        raise RuntimeError(problem.decode())
+
+
+def tensor_maps(*boxes: tuple[Tensor, int, int]) -> Tensor:
+    """A struct of tensor maps, one for each ([B, H, S, D], columns, rows) of a box.
+
+    As encode_tensor of csrc/cuda/engine/forward_sm90.c makes them.
+    """
+    types = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+    memory = torch.empty(128 * len(boxes) + 64, dtype=torch.uint8)
+    maps = memory[-memory.data_ptr() % 64 :][: 128 * len(boxes)]
+    for n, (x, columns, rows) in enumerate(boxes):
+        strides = (x.element_size() * stride for stride in reversed(x.stride()[:3]))
+        error = library().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(maps.data_ptr() + 128 * n),
+            types[x.dtype],
+            4,
+            ctypes.c_void_p(x.data_ptr()),
+            (ctypes.c_uint64 * 4)(*reversed(x.shape)),
+            (ctypes.c_uint64 * 3)(*strides),
+            (ctypes.c_uint32 * 4)(columns, rows, 1, 1),
+            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+            *(0, 3, 3, 0),
+        )
+        assert not error, f"map {n} cannot be encoded"
+    return maps

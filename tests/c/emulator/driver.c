@@ -12,7 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "cuda/engine/cuda_api.h"
+#include "cuda/engine/engine.h"
 #include "inside.h"
 
 /* In place of dlopen in the engine: both libraries are this one. */
@@ -294,4 +294,40 @@ int cuStreamIsCapturing(CUstream stream, int *capturing) {
 int cuThreadExchangeStreamCaptureMode(int *mode) {
     (void)mode;
     return 0;
+}
+
+/* --- one kernel, past the engine --- */
+
+/* For tests/emulator.py; returns what went wrong, or NULL. */
+const char *emu_launch(const char *file, const char *entry, int count, const char *const *options,
+                       unsigned grid, unsigned threads, unsigned shared_bytes, void **parameters) {
+    const char *headers[64], *names[64], *source = NULL;
+    int header_count = 0;
+    for (const struct fa_cuda_source *s = fa_cuda_sources; s->name; s++) {
+        if (strcmp(s->name, file) == 0)
+            source = s->text;
+        else if (fa_cuda_is_header(s->name) && header_count < 64)
+            headers[header_count] = s->text, names[header_count++] = s->name;
+    }
+    nvrtcProgram program;
+    if (!source || nvrtcCreateProgram(&program, source, file, header_count, headers, names))
+        return "there is no such kernel";
+    CUlibrary library;
+    CUkernel kernel;
+    char *cubin = NULL;
+    int failed = nvrtcCompileProgram(program, count, options);
+    if (!failed) {
+        cubin = malloc(sizeof(uint64_t) + program->cubin_bytes);
+        failed = !cubin || nvrtcGetCUBIN(program, cubin) ||
+                 cuLibraryLoadData(&library, cubin, NULL, NULL, 0, NULL, NULL, 0) ||
+                 cuLibraryGetKernel(&kernel, library, entry);
+    }
+    if (failed)
+        snprintf(report, sizeof report, "%s cannot be loaded: %s", file, program->log);
+    else
+        failed = cuLaunchKernel(kernel, grid, 1, 1, threads, 1, 1, shared_bytes, NULL, parameters,
+                                NULL);
+    free(cubin);
+    nvrtcDestroyProgram(&program);
+    return failed ? report : NULL;
 }
