@@ -8,7 +8,7 @@ kernel does what it must not: with a report of where each thread was.
 """
 
 import ctypes
-import os
+import math
 import re
 import subprocess
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from flash_attn_ext.series import tiled
 
 ROOT = Path(__file__).parent.parent
 ARCHS = [80, 86, 89, 90, 100, 120]  # as in tests/c/emulator/driver.c
@@ -71,14 +73,12 @@ Params, TensorStruct, MaskStruct, MaskGradStruct = (
 def library() -> ctypes.CDLL:
     """Builds what is out of date."""
     subprocess.run(["make", "-s", "-C", ROOT / "tests" / "c", "emulator"], check=True)
-    build = ROOT / "tests" / "c" / "build"
-    os.environ["FLASH_ATTN_EXT_CACHE"] = str(build / "emulated")
-    lib = ctypes.CDLL(str(build / "libemulator.so"))
+    lib = ctypes.CDLL(str(ROOT / "tests" / "c" / "build" / "libemulator.so"))
     for name in ("fa_cuda_forward_workspace", "fa_cuda_backward_workspace"):
         getattr(lib, name).restype = ctypes.c_size_t
     lib.fa_cuda_last_error.restype = ctypes.c_char_p
     lib.emu_set_seed.argtypes = [ctypes.c_uint64]
-    lib.emu_launch.restype = ctypes.c_char_p
+    lib.emu_launch.restype = lib.emu_loaded.restype = ctypes.c_char_p
     return lib
 
 
@@ -121,45 +121,66 @@ def run(p: Params, direction: str) -> None:
         raise RuntimeError(lib.fa_cuda_last_error().decode())
 
 
+GUARD = 64  # elements
+
+
+def result(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Full of NaN, with more of it around, for check_surroundings."""
+    memory = torch.full((math.prod(shape) + 2 * GUARD,), torch.nan, dtype=dtype)
+    return memory[GUARD:-GUARD].view(shape)
+
+
+def check_surroundings(results: list[Tensor | None]) -> None:
+    for x in results:
+        if x is not None:
+            around = x._base
+            assert around[:GUARD].isnan().all() and around[-GUARD:].isnan().all(), "written outside"
+
+
 class Attention(torch.autograd.Function):
     """struct fa_params filled in as csrc/binding does it."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, rng_state, call, deterministic):
-        out = torch.full((*q.shape[:3], v.shape[3]), torch.nan, dtype=q.dtype)
-        lse = torch.full(q.shape[:3], torch.nan)
+        out = result((*q.shape[:3], v.shape[3]), q.dtype)
+        lse = result(q.shape[:3], torch.float32)
         p = describe(q, k, v, mask, rng_state, **call)
         p.out, p.lse = tensor(out), lse.data_ptr()
         run(p, "forward")
+        check_surroundings([out, lse])
         ctx.save_for_backward(q, k, v, mask, rng_state, out, lse)
         ctx.call, ctx.deterministic = call, deterministic
-        return out
+        return out.clone()
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, mask, rng_state, out, lse = ctx.saved_tensors
+        if q.dtype == torch.float32:  # without kernels: the walkthrough
+            options = {name: x for name, x in ctx.call.items() if name != "device"}
+            wanted = ctx.needs_input_grad[3]
+            gradients = tiled.backward(
+                grad_out, q, k, v, mask, rng_state, out, lse, **options, mask_grad=wanted
+            )
+            return *gradients, None, None, None
         p = describe(q, k, v, mask, rng_state, **ctx.call)
         p.out, p.lse, p.deterministic = tensor(out), lse.data_ptr(), ctx.deterministic
-        if grad_out.stride(-1) != 1:
-            grad_out = grad_out.contiguous()
+        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
         p.dout = tensor(grad_out)
         dq, dk, dv = (
-            torch.full(x.shape, torch.nan, dtype=x.dtype) if wanted else None
+            result(x.shape, x.dtype) if wanted else None
             for x, wanted in zip((q, k, v), ctx.needs_input_grad)
         )
         p.dq, p.dk, p.dv = tensor(dq), tensor(dk), tensor(dv)
         dmask = None
         if ctx.needs_input_grad[3]:
-            full = mask.shape == (*q.shape[:3], k.shape[2])
-            in_dtype = full and mask.dtype == q.dtype != torch.float32
-            dmask = (
-                torch.full(mask.shape, torch.nan, dtype=q.dtype)
-                if in_dtype
-                else torch.zeros(mask.shape)
-            )
-            stride = dmask.expand(*q.shape[:3], k.shape[2]).stride()
-            p.dmask = MaskGradStruct(dmask.data_ptr(), *stride, in_dtype)
+            scores = (*q.shape[:3], k.shape[2])
+            in_dtype = mask.shape == scores and mask.dtype == q.dtype
+            dmask = result(mask.shape, q.dtype if in_dtype else torch.float32)
+            if not in_dtype:
+                dmask.zero_()
+            p.dmask = MaskGradStruct(dmask.data_ptr(), *dmask.expand(scores).stride(), in_dtype)
         run(p, "backward")
+        check_surroundings([dq, dk, dv, dmask])
         dmask = None if dmask is None else dmask.to(mask.dtype)
         return dq, dk, dv, dmask, None, None, None
 
@@ -198,7 +219,7 @@ def emulated(
 
 
 def launch(
-    file: str,
+    source: str,
     entry: str,
     *parameters: ctypes.Structure | Tensor,
     grid: int,
@@ -208,19 +229,21 @@ def launch(
     seed: int = 0,
     **macros: int,
 ) -> None:
-    """Compiles a kernel of csrc/cuda/kernels with these macros and runs it.
+    """Compiles a kernel with these macros and runs it.
 
-    parameters: the kernel's, as the structs of TYPES or as bytes (tensor_maps).
+    source: CUDA C, or the name of a file in csrc/cuda/kernels. parameters: the kernel's, as the structs of TYPES or as bytes (tensor_maps).
     """
     lib = library()
     lib.emu_set_seed(seed)
+    if source.endswith(".cu"):
+        source = (ROOT / "csrc" / "cuda" / "kernels" / source).read_text()
     options = [f"--gpu-architecture=sm_{arch}", f"-DTHREADS={threads}"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
     addresses = [
         x.data_ptr() if isinstance(x, Tensor) else ctypes.addressof(x) for x in parameters
     ]
     problem = lib.emu_launch(
-        file.encode(),
+        source.encode(),
         entry.encode(),
         len(options),
         (ctypes.c_char_p * len(options))(*(option.encode() for option in options)),

@@ -115,9 +115,13 @@ void emu_mbarrier_complete(unsigned address, unsigned bytes) {
     end_phase(b);
 }
 
-void emu_mbarrier_wait(unsigned address, unsigned phase) {
+int emu_mbarrier_try_wait(unsigned address, unsigned phase) {
     struct mbarrier *b = mbarrier_at(address);
-    while ((b->phase & 1) == (int)(phase & 1)) {
-        emu_wait_for(b, "wait at the mbarrier at %u, for phase %u", address, phase);
+    if (emu_random(8) == 7) {
+        emu_yield();
+        return 0;
     }
+    if ((b->phase & 1) == (int)(phase & 1))
+        emu_wait_for(b, "wait at the mbarrier at %u, for phase %u", address, phase);
+    return (b->phase & 1) != (int)(phase & 1);
 }

@@ -56,7 +56,7 @@ void emu_set_seed(uint64_t seed) {
     random_state = seed * UINT64_C(0x9E3779B97F4A7C15);
 }
 
-unsigned emu_random(unsigned n) { /* xorshift; 0 stays 0 */
+unsigned emu_random(unsigned n) { /* xorshift; without a seed always 0 */
     random_state ^= random_state << 13, random_state ^= random_state >> 7;
     random_state ^= random_state << 17;
     return (unsigned)(random_state >> 32) % n;
@@ -80,6 +80,8 @@ static struct fiber *take_ready(void) {
 static void report_hang(void);
 
 static _Noreturn void run_next(void) {
+    if (emu_random(16) == 15)
+        emu_shared_happen();
     while (ready_count == 0) {
         int ended = 1;
         for (unsigned n = 0; n < emu_block_size.x; n++)

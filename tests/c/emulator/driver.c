@@ -1,7 +1,8 @@
 /* Stands in for libcuda.so.1 and for libnvrtc.so.13, so that the engine runs as it is: "NVRTC" is
  * the host's C++ compiler, a "cubin" a shared library (after its size), memory that of the host. */
 #define _GNU_SOURCE /* dladdr, memfd_create */
-#undef dlopen       /* which the Makefile redirects to emu_dlopen */
+#undef dlopen       /* the Makefile has the engine call what is below */
+#undef getenv
 #include <dlfcn.h>
 #include <pthread.h>
 #include <regex.h>
@@ -15,11 +16,26 @@
 #include "cuda/engine/engine.h"
 #include "inside.h"
 
-/* In place of dlopen in the engine: both libraries are this one. */
-void *emu_dlopen(const char *name, int flags) {
+/* --- what the engine takes for dlopen and getenv --- */
+
+static const char *own_path(void) {
     Dl_info info;
+    return dladdr((void *)own_path, &info) ? info.dli_fname : "";
+}
+
+/* libcuda and NVRTC are both here. */
+void *emu_dlopen(const char *name, int flags) {
     (void)name;
-    return dladdr((void *)emu_dlopen, &info) ? dlopen(info.dli_fname, flags) : NULL;
+    return dlopen(own_path(), flags);
+}
+
+/* A cache apart from that of GPUs: "libemulator.so.cache". */
+char *emu_getenv(const char *name) {
+    static char cache[4096];
+    if (strcmp(name, "FLASH_ATTN_EXT_CACHE") != 0)
+        return getenv(name);
+    snprintf(cache, sizeof cache, "%s.cache", own_path());
+    return cache;
 }
 
 /* --- NVRTC --- */
@@ -104,12 +120,9 @@ int nvrtcDestroyProgram(nvrtcProgram *program) {
 
 int nvrtcCompileProgram(nvrtcProgram p, int count, const char *const *options) {
     const char *compiler = getenv("CXX");
-    Dl_info self;
-    if (!dladdr((void *)emu_dlopen, &self))
-        return 1;
     char command[8192];
     int length = snprintf(command, sizeof command,
-                          "cd %s && %s -std=c++17 -O1 -g -fno-omit-frame-pointer "
+                          "cd %s && %s -std=c++17 -O1 -g1 -fno-omit-frame-pointer "
                           "-fno-optimize-sibling-calls -fno-strict-aliasing "
                           "-fPIC -shared -w -I. -include cuda.h",
                           p->directory, compiler && *compiler ? compiler : "g++");
@@ -123,7 +136,7 @@ int nvrtcCompileProgram(nvrtcProgram p, int count, const char *const *options) {
                                options[n]);
     }
     snprintf(command + length, sizeof command - (size_t)length, " -x c++ %s -x none -o so %s 2>log",
-             p->source, self.dli_fname);
+             p->source, own_path());
     const int failed = system(command);
     size_t bytes;
     p->log = read_file(p->directory, "log", &bytes);
@@ -161,7 +174,7 @@ static const int archs[] = {80, 86, 89, 90, 100, 120};
 static struct emu_context {
     int device;
 } contexts[2 * sizeof archs / sizeof *archs];
-static struct emu_context *current_context;
+static _Thread_local struct emu_context *current_context;
 
 int cuInit(unsigned flags) {
     return flags != 0;
@@ -226,7 +239,14 @@ int cuLibraryLoadData(CUlibrary *library, const void *image, int *jit_options, v
 int cuLibraryUnload(CUlibrary library) {
     return dlclose(library);
 }
+/* The names of all kernels that were loaded so far, each after a space. */
+static char loaded[1 << 16];
+const char *emu_loaded(void) {
+    return loaded;
+}
 int cuLibraryGetKernel(CUkernel *kernel, CUlibrary library, const char *name) {
+    const size_t length = strlen(loaded);
+    snprintf(loaded + length, sizeof loaded - length, " %s", name);
     char symbol[128];
     snprintf(symbol, sizeof symbol, "%s_kernel", name);
     *kernel = dlsym(library, symbol);
@@ -299,19 +319,17 @@ int cuThreadExchangeStreamCaptureMode(int *mode) {
 /* --- one kernel, past the engine --- */
 
 /* For tests/emulator.py; returns what went wrong, or NULL. */
-const char *emu_launch(const char *file, const char *entry, int count, const char *const *options,
+const char *emu_launch(const char *source, const char *entry, int count, const char *const *options,
                        unsigned grid, unsigned threads, unsigned shared_bytes, void **parameters) {
-    const char *headers[64], *names[64], *source = NULL;
+    const char *headers[64], *names[64];
     int header_count = 0;
     for (const struct fa_cuda_source *s = fa_cuda_sources; s->name; s++) {
-        if (strcmp(s->name, file) == 0)
-            source = s->text;
-        else if (fa_cuda_is_header(s->name) && header_count < 64)
+        if (fa_cuda_is_header(s->name) && header_count < 64)
             headers[header_count] = s->text, names[header_count++] = s->name;
     }
     nvrtcProgram program;
-    if (!source || nvrtcCreateProgram(&program, source, file, header_count, headers, names))
-        return "there is no such kernel";
+    if (nvrtcCreateProgram(&program, source, "kernel.cu", header_count, headers, names))
+        return "the disk is full";
     CUlibrary library;
     CUkernel kernel;
     char *cubin = NULL;
@@ -323,7 +341,7 @@ const char *emu_launch(const char *file, const char *entry, int count, const cha
                  cuLibraryGetKernel(&kernel, library, entry);
     }
     if (failed)
-        snprintf(report, sizeof report, "%s cannot be loaded: %s", file, program->log);
+        snprintf(report, sizeof report, "%s cannot be compiled: %s", entry, program->log);
     else
         failed = cuLaunchKernel(kernel, grid, 1, 1, threads, 1, 1, shared_bytes, NULL, parameters,
                                 NULL);

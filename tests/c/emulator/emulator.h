@@ -48,7 +48,8 @@ void emu_barrier(int barrier, int threads, int wait); /* threads 0: all that hav
 void emu_mbarrier_init(unsigned address, unsigned arrivals);
 void emu_mbarrier_arrive(unsigned address);
 void emu_mbarrier_expect(unsigned address, unsigned bytes); /* without arriving */
-void emu_mbarrier_wait(unsigned address, unsigned phase);
+/* Whether the phase has ended; if not, waits for that, or comes back early. */
+int emu_mbarrier_try_wait(unsigned address, unsigned phase);
 
 /* --- shared.c: addresses in shared memory are offsets, as in `shared_address` --- */
 

@@ -354,6 +354,10 @@ static void run_wait(void *const lanes[LANES]) {
             continue;
         }
         for (int lane = 0; lane < LANES; lane++)
+            for (int x = 0; x < s->columns / 2; x++)
+                if (!isnan(s->d[lane][x]))
+                    emu_fail("wgmma: its accumulators were written to before it was waited for");
+        for (int lane = 0; lane < LANES; lane++)
             memcpy(s->d[lane], s->value[lane], (size_t)s->columns / 2 * sizeof(float));
         *at = s->next;
         free(s);

@@ -26,8 +26,7 @@ static inline void mbarrier_arrive_expect(mbarrier *b, int bytes) {
 }
 
 static inline bool mbarrier_try_wait(unsigned address, unsigned phase) {
-    emu_mbarrier_wait(address, phase);
-    return true;
+    return emu_mbarrier_try_wait(address, phase);
 }
 
 static inline void mbarrier_wait(unsigned address, unsigned phase) {
