@@ -85,28 +85,31 @@ struct copy {
     enum emu_bulk how;
     unsigned char *seen; /* STORE: what was in shared memory at first */
 };
-static struct copy *copies, **last = &copies;
+/* Of each thread those that it alone can wait for; then the loads of all. */
+static struct list {
+    struct copy *first, **last;
+} lists[MAX_THREADS + 1], *const loads = &lists[MAX_THREADS];
 static struct {
     unsigned cp_async, bulk; /* groups committed */
 } groups[MAX_THREADS];
 
-static struct copy *begin_copy(struct copy copy) {
+static void begin_copy(struct copy copy) {
+    struct list *list = copy.kind == LOAD ? loads : &lists[emu_thread.x];
     struct copy *c = malloc(sizeof *c);
     if (!c)
         abort();
     *c = copy;
     c->thread = emu_thread.x;
-    *last = c, last = &c->next;
-    return c;
+    *list->last = c, list->last = &c->next;
 }
 
-static void forget(struct copy *c) {
-    struct copy **at = &copies;
+static void forget(struct list *list, struct copy *c) {
+    struct copy **at = &list->first;
     while (*at != c)
         at = &(*at)->next;
     *at = c->next;
-    if (last == &c->next)
-        last = at;
+    if (list->last == &c->next)
+        list->last = at;
     free(c->seen);
     free(c);
 }
@@ -161,7 +164,7 @@ static void store_element(struct copy *c, void *memory, unsigned shared) {
         put(c->how, c->map.is_float32, memory, kernel->shared_begin + shared, c->map.elem_bytes);
 }
 
-static void finish(struct copy *c) {
+static void finish(struct list *list, struct copy *c) {
     unsigned char *shared = kernel->shared_begin + c->address;
     const unsigned mbarrier = c->mbarrier, bytes = c->bytes;
     const int arrives = c->kind == LOAD;
@@ -183,33 +186,32 @@ static void finish(struct copy *c) {
         else
             for_box(c, store_element);
     }
-    forget(c);
+    forget(list, c);
     if (arrives)
         emu_mbarrier_complete(mbarrier, bytes);
 }
 
 /* This thread's copies of a kind, of groups before `group`. */
 static void finish_groups(enum kind kind, unsigned group) {
-    for (struct copy *c = copies, *next; c; c = next) {
+    struct list *list = &lists[emu_thread.x];
+    for (struct copy *c = list->first, *next; c; c = next) {
         next = c->next;
-        if (c->kind == kind && c->thread == emu_thread.x && (int)(c->group - group) < 0)
-            finish(c);
+        if (c->kind == kind && (int)(c->group - group) < 0)
+            finish(list, c);
     }
 }
 
 int emu_shared_happen(void) {
     unsigned count = 0;
-    for (struct copy *c = copies; c; c = c->next)
-        count += c->kind == LOAD;
+    for (struct copy *c = loads->first; c; c = c->next)
+        count++;
     if (!count)
         return 0;
-    unsigned chosen = emu_random(count);
-    for (struct copy *c = copies; c; c = c->next)
-        if (c->kind == LOAD && chosen-- == 0) {
-            finish(c);
-            return 1;
-        }
-    return 0;
+    struct copy *chosen = loads->first;
+    for (unsigned n = emu_random(count); n > 0; n--)
+        chosen = chosen->next;
+    finish(loads, chosen);
+    return 1;
 }
 
 /* --- cp.async --- */
@@ -315,16 +317,20 @@ void emu_shared_begin(const struct emu_kernel *kernel_, unsigned dynamic_bytes) 
     memset(writes, 0, sizeof writes);
     memset(fences, 0, sizeof fences);
     memset(groups, 0, sizeof groups);
-    while (copies)
-        forget(copies);
+    for (struct list *list = lists; list <= loads; list++) {
+        while (list->first)
+            forget(list, list->first);
+        list->last = &list->first;
+    }
 }
 
 void emu_shared_end(void) {
-    for (const struct copy *c = copies; c; c = c->next)
-        if (c->kind != CP_ASYNC)
-            emu_fail("the block has ended while the copy engine, told by thread %u, still had to "
-                     "%s %u bytes at %u in shared memory",
-                     c->thread, c->kind == LOAD ? "load" : "store", c->bytes, c->address);
+    for (const struct list *list = lists; list <= loads; list++)
+        for (const struct copy *c = list->first; c; c = c->next)
+            if (c->kind != CP_ASYNC)
+                emu_fail("the block has ended while the copy engine, told by thread %u, still had "
+                         "to %s %u bytes at %u in shared memory",
+                         c->thread, c->kind == LOAD ? "load" : "store", c->bytes, c->address);
     for (const unsigned char *p = kernel->shared_begin + end; p < kernel->shared_end; p++)
         if (*p != POISON)
             emu_fail("the block has written to %u in shared memory, which ends at %u",
