@@ -50,7 +50,9 @@ def read_structs(header: str) -> None:
                 fields.append((re.findall(r"\(\*(\w+)\)", declaration)[0], ctypes.c_void_p))
                 continue
             kind, names = re.fullmatch(
-                r"\s*(?:const )?((?:struct |enum |unsigned |long )*\w+) (.*)", declaration, re.DOTALL
+                r"\s*(?:const )?((?:struct |enum |unsigned |long )*\w+) (.*)",
+                declaration,
+                re.DOTALL,
             ).groups()
             for field in names.split(","):
                 pointer = "*" in field
@@ -221,7 +223,7 @@ def emulated(
 def launch(
     source: str,
     entry: str,
-    *parameters: ctypes.Structure | Tensor,
+    *parameters: ctypes._SimpleCData | ctypes.Structure | Tensor,
     grid: int,
     threads: int,
     shared_bytes: int = 0,
@@ -231,7 +233,8 @@ def launch(
 ) -> None:
     """Compiles a kernel with these macros and runs it.
 
-    source: CUDA C, or the name of a file in csrc/cuda/kernels. parameters: the kernel's, as the structs of TYPES or as bytes (tensor_maps).
+    source: CUDA C, or the name of a file in csrc/cuda/kernels. parameters: the kernel's, as the
+    structs of TYPES or as bytes (tensor_maps).
     """
     lib = library()
     lib.emu_set_seed(seed)
@@ -239,9 +242,7 @@ def launch(
         source = (ROOT / "csrc" / "cuda" / "kernels" / source).read_text()
     options = [f"--gpu-architecture=sm_{arch}", f"-DTHREADS={threads}"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
-    addresses = [
-        x.data_ptr() if isinstance(x, Tensor) else ctypes.addressof(x) for x in parameters
-    ]
+    addresses = [x.data_ptr() if isinstance(x, Tensor) else ctypes.addressof(x) for x in parameters]
     problem = lib.emu_launch(
         source.encode(),
         entry.encode(),

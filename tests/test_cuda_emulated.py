@@ -3,10 +3,12 @@ the threads of a block may run. What the emulator itself finds, it is shown at t
 
 On a GPU tests/test_accuracy.py and others say the same of the kernels as they are."""
 
+import ctypes
+
 import pytest
 import sanitize
 import torch
-from emulator import KernelParams, TYPES, emulated, launch, library, tensor_maps
+from emulator import emulated, launch, library, tensor_maps
 from helpers import (
     EPS,
     assert_accurate,
@@ -106,3 +108,172 @@ def test_every_kernel_was_run():
             forward_backward(attention, case.inputs, torch.randn_like(case.q))
     missing = sanitize.all_kernels() - set(library().emu_loaded().decode().split())
     assert not missing, f"never run: {missing}"
+
+
+# --- the emulator itself ---------------------------------------------------------------------
+
+KERNEL = """
+#include "panels.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/order.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/warpgroup.cuh"
+
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+struct Maps { tensor_map x, y; };
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    fa_test(const __grid_constant__ Maps maps, float *result) {
+    const unsigned shared = shared_address(shared_memory), barrier = shared + SHARED - 16;
+    mbarrier *full = (mbarrier *)(shared_memory + SHARED - 16);
+    const int t = threadIdx.x;
+    float d[8][4] = {};
+    if (t == 0)
+        mbarrier_init(barrier, 1);
+    __syncthreads();
+    BODY
+}
+"""
+SHARED = 48 << 10
+
+
+def run_body(body: str, x: torch.Tensor, y: torch.Tensor, *, threads=128, seed=0) -> torch.Tensor:
+    """The body of a kernel with tensor maps of x and y, [1, 1, 64, 64], and a result for each
+    thread."""
+    result = torch.zeros(threads)
+    launch(
+        KERNEL.replace("BODY", body),
+        "fa_test",
+        tensor_maps((x, 64, 64), (y, 64, 64)),
+        ctypes.c_void_p(result.data_ptr()),
+        grid=1,
+        threads=threads,
+        shared_bytes=SHARED,
+        seed=seed,
+        SHARED=SHARED,
+        FA_DTYPE_FP32=0,
+        FA_DTYPE_BF16=1,
+    )
+    return result
+
+
+@pytest.fixture
+def matrices():
+    return [torch.randn(1, 1, 64, 64, dtype=torch.bfloat16) for _ in range(2)]
+
+
+LOAD = """
+    if (t == 0) {
+        mbarrier_arrive_expect(full, 2 * 8192);
+        tma_load(shared, &maps.x, full, 0, X_ROW, 0, 0);
+        tma_load(shared + 8192, &maps.y, full, 0, 0, 0, 0);
+    }
+""".replace("X_ROW", "0")
+WAIT = "mbarrier_wait(barrier, 0);"
+MULTIPLY = """
+    const Panels<64, 64> X{shared}, Y{shared + 8192};
+    wgmma_fence();
+    Wgmma<64>::multiply(d, X.sum_over_cols(0), Y.sum_over_cols(0));
+    for (int k = 16; k < 64; k += 16)
+        Wgmma<64>::multiply_add(d, X.sum_over_cols(k), Y.sum_over_cols(k));
+    wgmma_commit();
+"""
+STORE = "if (t == 0) { tma_store(&maps.y, shared, 0, 0, 0, 0); tma_store_commit(); %s }"
+
+MISTAKES = {
+    "hangs": "if (t < 64) mbarrier_wait(barrier, 0);",
+    "wait at __syncthreads": "if (t < 32) __syncthreads(); else mbarrier_wait(barrier, 0);",
+    "while other lanes of the warp are at": "if (t % 2) __syncwarp(); else uniform(t);",
+    "of which some lanes have ended": "if (t % 2) { unsigned r[4]; ldmatrix_x4(r, shared); }",
+    "others are at": "if (t % 2 == 0) return; if (t < 4) __syncwarp(); else return;",
+    "while others wait there for 64": "barrier_arrive(1, t < 32 ? 64 : 96);",
+    "all the arrivals of this phase": LOAD + LOAD,
+    "no initialised mbarrier": "mbarrier_arrive(shared);",
+    "which ends at": "load_shared_1(shared + SHARED);",
+    "has written to": "shared_memory[SHARED + 100] = 1;",
+    "is not a multiple of 16": "store_shared_4(shared + 8, 0, 0, 0, 0);",
+    "where there is none": "*(volatile int *)4096 = 1;",
+    "cp.async of 16 bytes": "cp_async_16(shared, (char *)result + 4, 16);",
+    "a wgmma.fence is missing": LOAD + WAIT + MULTIPLY.replace("wgmma_fence();", ""),
+    "before a wgmma of warp 0 was waited for": LOAD + WAIT + MULTIPLY,
+    "had different wgmmas": f"{LOAD} {WAIT} if (t < 64) {{ {MULTIPLY} wgmma_wait<0>(); }}",
+    "operand of a wgmma": LOAD + MULTIPLY + WAIT + "wgmma_wait<0>();",
+    "accumulators were written": LOAD + WAIT + MULTIPLY + "d[0][0] = 1; wgmma_wait<0>();",
+    "not come to a fence.proxy.async": "store_shared_1(shared + 4 * t, t); __syncthreads();"
+    + STORE % "tma_store_wait_read();",
+    "still had to store": "fence_proxy_async();" + STORE % "",
+    "changed while the copy engine": STORE % "shared_memory[0] = 1; tma_store_wait_read();",
+    "something in global memory": "while (!load_acquire((unsigned long long *)result));",
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_reported(message, matrices, seed):
+    with pytest.raises(RuntimeError, match=message):
+        run_body(MISTAKES[message], *matrices)
+
+
+def test_what_has_not_arrived_is_nan(matrices):
+    look = "result[t] = __uint_as_float(load_shared_1(shared + 16 * t));"
+    copy = "cp_async_16(shared + 16 * t, result, 16); cp_async_commit();"
+    assert run_body(look, *matrices).isnan().all()
+    assert run_body(copy + look + "cp_async_wait<0>();", *matrices).isnan().all()
+    assert run_body(LOAD + "__syncthreads();" + look + WAIT, *matrices).isnan().all()
+    products = LOAD + WAIT + MULTIPLY + "result[t] = d[1][2]; wgmma_wait<0>();"
+    assert run_body(products, *matrices).isnan().all()
+    assert (run_body(copy + "cp_async_wait<0>();" + look, *matrices) == 0).all()
+
+
+# The accumulators of a warpgroup, and where a thread has them.
+RESULTS = """
+    wgmma_wait<0>();
+    __syncthreads();
+    for (int n = 0; n < 8; n++)
+        for (int x = 0; x < 4; x += 2) {
+            const int row = t / 4 % 8 + t / 32 * 16 + x / 2 * 8, col = 8 * n + t % 4 * 2;
+            store_shared_1(X.chunk(row, col) + col % 8 * 2, pack(d[n][x], d[n][x + 1]));
+        }
+    fence_proxy_async();
+    __syncthreads();
+"""
+
+
+@pytest.mark.parametrize("a_over_rows", [False, True])
+@pytest.mark.parametrize("b_over_rows", [False, True])
+def test_wgmma(a_over_rows, b_over_rows, matrices, seed):
+    """Every way for an operand to lie in shared memory, where the copy engine has put it."""
+    x, y = matrices
+    body = f"""
+        const Panels<64, 64> X{{shared}}, Y{{shared + 8192}};
+        wgmma_fence();
+        for (int k = 0; k < 64; k += 16)
+            emu_wgmma(EMU_BF16, d[0], 64, NULL, X.sum_over_{"rows" if a_over_rows else "cols"}(k),
+                      Y.sum_over_{"rows" if b_over_rows else "cols"}(k),
+                      EMU_ACCUMULATE | {a_over_rows:d} * EMU_A_MN | {b_over_rows:d} * EMU_B_MN);
+        wgmma_commit();
+    """
+    a, b = x[0, 0].float(), y[0, 0].float()
+    expected = (a.mT if a_over_rows else a) @ (b if b_over_rows else b.mT)
+    run_body(LOAD + WAIT + body + RESULTS + STORE % "tma_store_wait_read();", x, y, seed=seed)
+    torch.testing.assert_close(y[0, 0].float(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_boxes_past_the_edge(matrices):
+    """The copy engine brings zeros and leaves alone what lies outside."""
+    x, y = matrices
+    move = """
+        if (t == 0) {
+            mbarrier_arrive_expect(full, 8192);
+            tma_load(shared, &maps.x, full, -8, 60, 0, 0);
+            mbarrier_wait(barrier, 0);
+            tma_store(&maps.y, shared, 16, -2, 0, 0);
+            tma_store_commit();
+            tma_store_wait_read();
+        }
+    """
+    expected = y.clone()
+    box = torch.zeros(64, 64, dtype=x.dtype)
+    box[:4, 8:] = x[0, 0, 60:, :56]
+    expected[0, 0, :62, 16:] = box[2:, :48]
+    run_body(move, x, y)
+    assert torch.equal(y, expected)

@@ -54,8 +54,9 @@ void emu_barrier(int barrier, int threads, int wait) {
     struct arrival mine = {barrier, threads, 0};
     emu_meet("bar.sync", run_arrive, &mine);
     while (wait && barriers[barrier].phase == mine.phase)
-        emu_wait_for(&barriers[barrier], threads ? "wait at barrier %u, for %u threads in all"
-                                                 : "wait at __syncthreads",
+        emu_wait_for(&barriers[barrier],
+                     threads ? "wait at barrier %u, for %u threads in all"
+                             : "wait at __syncthreads",
                      (unsigned)barrier, (unsigned)threads);
 }
 

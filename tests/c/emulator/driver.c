@@ -124,7 +124,7 @@ int nvrtcCompileProgram(nvrtcProgram p, int count, const char *const *options) {
     int length = snprintf(command, sizeof command,
                           "cd %s && %s -std=c++17 -O1 -g1 -fno-omit-frame-pointer "
                           "-fno-optimize-sibling-calls -fno-strict-aliasing "
-                          "-fPIC -shared -w -I. -include cuda.h",
+                          "-fPIC -shared -w -Wno-psabi -I. -include cuda.h",
                           p->directory, compiler && *compiler ? compiler : "g++");
     for (int n = 0; n < count; n++) {
         int arch;
@@ -132,8 +132,8 @@ int nvrtcCompileProgram(nvrtcProgram p, int count, const char *const *options) {
             length += snprintf(command + length, sizeof command - (size_t)length,
                                " -D__CUDA_ARCH__=%d0", arch);
         else if (strncmp(options[n], "-D", 2) == 0)
-            length += snprintf(command + length, sizeof command - (size_t)length, " '%s'",
-                               options[n]);
+            length +=
+                snprintf(command + length, sizeof command - (size_t)length, " '%s'", options[n]);
     }
     snprintf(command + length, sizeof command - (size_t)length, " -x c++ %s -x none -o so %s 2>log",
              p->source, own_path());
@@ -258,7 +258,9 @@ int cuKernelGetFunction(CUfunction *function, CUkernel kernel) {
 }
 int cuKernelSetAttribute(int attribute, int value, CUkernel kernel, CUdevice device) {
     (void)kernel;
-    const int arch = archs[device / 2], shared = arch == 80 ? 163 : arch / 10 == 8 || arch == 120 ? 99 : 227;
+    const int arch = archs[device / 2], shared = arch == 80                      ? 163
+                                                 : arch / 10 == 8 || arch == 120 ? 99
+                                                                                 : 227;
     return attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES && value > shared << 10;
 }
 int cuLaunchKernel(CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
@@ -343,8 +345,8 @@ const char *emu_launch(const char *source, const char *entry, int count, const c
     if (failed)
         snprintf(report, sizeof report, "%s cannot be compiled: %s", entry, program->log);
     else
-        failed = cuLaunchKernel(kernel, grid, 1, 1, threads, 1, 1, shared_bytes, NULL, parameters,
-                                NULL);
+        failed =
+            cuLaunchKernel(kernel, grid, 1, 1, threads, 1, 1, shared_bytes, NULL, parameters, NULL);
     free(cubin);
     nvrtcDestroyProgram(&program);
     return failed ? report : NULL;

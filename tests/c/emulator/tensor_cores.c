@@ -255,8 +255,8 @@ static void run_wgmma(void *const lanes[LANES]) {
     struct warp *w = &warps[warp];
     const struct wgmma *first = lanes[0];
     const float *values = values_of(first->type);
-    if (emu_block_size.x % 128 || (first->a | first->b) >> 49 & 7 ||
-        first->b >> 62 != 1 || (!first->a_registers && first->a >> 62 != 1))
+    if (emu_block_size.x % 128 || (first->a | first->b) >> 49 & 7 || first->b >> 62 != 1 ||
+        (!first->a_registers && first->a >> 62 != 1))
         emu_fail("wgmma: the emulator has the swizzle of 128 bytes only, and whole warpgroups");
 
     struct sum *s = sum_of(w, lanes);
@@ -301,7 +301,8 @@ static void run_wgmma(void *const lanes[LANES]) {
             s->d[lane][x] = NAN;
         }
     s->group = w->committed;
-    w->history = (w->history ^ first->a ^ first->b * 31 ^ (uint64_t)first->columns) * 0x9E3779B97F4A7C15;
+    w->history =
+        (w->history ^ first->a ^ first->b * 31 ^ (uint64_t)first->columns) * 0x9E3779B97F4A7C15;
 }
 
 void emu_wgmma(enum emu_type type, float *d, int columns, const unsigned *a_registers, uint64_t a,
