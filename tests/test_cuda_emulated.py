@@ -165,10 +165,10 @@ def matrices():
 LOAD = """
     if (t == 0) {
         mbarrier_arrive_expect(full, 2 * 8192);
-        tma_load(shared, &maps.x, full, 0, X_ROW, 0, 0);
+        tma_load(shared, &maps.x, full, 0, 0, 0, 0);
         tma_load(shared + 8192, &maps.y, full, 0, 0, 0, 0);
     }
-""".replace("X_ROW", "0")
+"""
 WAIT = "mbarrier_wait(barrier, 0);"
 MULTIPLY = """
     const Panels<64, 64> X{shared}, Y{shared + 8192};
@@ -185,7 +185,6 @@ MISTAKES = {
     "wait at __syncthreads": "if (t < 32) __syncthreads(); else mbarrier_wait(barrier, 0);",
     "while other lanes of the warp are at": "if (t % 2) __syncwarp(); else uniform(t);",
     "of which some lanes have ended": "if (t % 2) { unsigned r[4]; ldmatrix_x4(r, shared); }",
-    "others are at": "if (t % 2 == 0) return; if (t < 4) __syncwarp(); else return;",
     "while others wait there for 64": "barrier_arrive(1, t < 32 ? 64 : 96);",
     "all the arrivals of this phase": LOAD + LOAD,
     "no initialised mbarrier": "mbarrier_arrive(shared);",

@@ -28,8 +28,10 @@ static struct fiber {
 } fibers[MAX_THREADS];
 
 static struct warp {
-    const char *instruction; /* at which some lanes are */
-    unsigned arrived, alive;
+    unsigned arrived, alive; /* lanes */
+    const char *instruction; /* at which those are that have arrived */
+    void (*run)(void *const lanes[LANES]);
+    int all; /* lanes are needed, of those that have ended, too */
     void *lanes[LANES];
 } warps[MAX_WARPS];
 
@@ -132,30 +134,31 @@ void emu_yield(void) {
 
 /* --- warps --- */
 
-static void carry_out(struct warp *w, void (*run)(void *const lanes[LANES])) {
+/* Once all lanes have arrived or ended. */
+static void carry_out(struct warp *w) {
+    if (w->all && w->alive != ~0u)
+        emu_fail("%s by a warp of which some lanes have ended", w->instruction);
     void *lanes[LANES];
     memcpy(lanes, w->lanes, sizeof lanes);
     memset(w->lanes, 0, sizeof w->lanes);
     w->arrived = 0;
-    run(lanes);
+    w->run(lanes);
     emu_wake(w);
 }
 
 static void meet(const char *instruction, void (*run)(void *const lanes[LANES]), void *mine,
                  int all) {
     struct warp *w = &warps[emu_warp()];
-    if (all && w->alive != ~0u)
-        emu_fail("%s by a warp of which some lanes have ended", instruction);
     if (w->arrived && strcmp(w->instruction, instruction) != 0)
         emu_fail("%s, while other lanes of the warp are at %s", instruction, w->instruction);
-    w->instruction = instruction;
+    w->instruction = instruction, w->run = run, w->all = all;
     w->lanes[emu_thread.x % LANES] = mine;
     w->arrived |= 1u << emu_thread.x % LANES;
     if (w->arrived != w->alive) {
         emu_wait_for(w, instruction, 0, 0);
         return;
     }
-    carry_out(w, run);
+    carry_out(w);
     if (random_state) { /* others may be faster */
         make_ready(current());
         switch_away();
@@ -321,11 +324,8 @@ static void fiber_main(void) {
     struct warp *w = &warps[emu_warp()];
     current()->state = ENDED;
     w->alive &= ~(1u << emu_thread.x % LANES);
-    if (w->arrived && w->arrived == w->alive) {
-        snprintf(report, REPORT, "block %u: lanes of warp %u have ended, others are at %s\n",
-                 emu_block.x, emu_warp(), w->instruction);
-        _longjmp(launcher, 1);
-    }
+    if (w->arrived && w->arrived == w->alive)
+        carry_out(w);
     if (!w->alive)
         emu_barriers_warp_ended();
     run_next();
