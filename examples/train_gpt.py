@@ -128,11 +128,13 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate(step, options.steps)
         )
+        self.autocast = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
 
     def step(self, ids: Tensor) -> float:
         """Of [B, N + 1] characters; returns the loss in nats."""
-        logits = self.model(ids[:, :-1])  # [B, N, VOCABULARY]
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        with self.autocast():
+            logits = self.model(ids[:, :-1])  # [B, N, VOCABULARY]
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -144,13 +146,12 @@ def train(name: str, device: str, options: argparse.Namespace) -> dict:
     """Trains one model; returns its losses, its speed and its peak of memory."""
     text = encode(standard_library())
     windows = text.unfold(0, options.context + 1, 1)  # [characters, N + 1], a view
-    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
-    with autocast():  # what a first step loads and compiles is no attention's cost
-        Trainer(name, device, options).step(windows[:1, :17].to(device))
+    # What a first step loads and compiles is no attention's cost.
+    Trainer(name, device, options).step(windows[:1, :17].to(device))
 
     torch.manual_seed(options.seed)
     order = torch.randint(len(windows), (options.steps, options.batch))
-    with PeakMemory(device) as memory, autocast():
+    with PeakMemory(device) as memory:
         trainer = Trainer(name, device, options)
         losses, seconds = [], []
         progress = trange(options.steps, desc=f"{name:5}", unit="step")
@@ -161,7 +162,7 @@ def train(name: str, device: str, options: argparse.Namespace) -> dict:
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
 
     seconds.sort()
-    with autocast():
+    with trainer.autocast():
         sample = trainer.model.generate("def ", 200)
     return {
         "losses": losses,
