@@ -18,8 +18,8 @@
  * where there is room) and FA_MASK_GRAD (0 none, 1 added atomically because the mask broadcasts, 2
  * stored as floats, 3 stored in the dtype of q, with zeros where the window hides it). */
 #include "backward_mask_tile.cuh"
+#include "ptx/mbarrier.cuh"
 #include "scores.cuh"
-#include "split_barrier.cuh"
 #include "tile.cuh"
 #include "workspace.cuh"
 
@@ -68,7 +68,7 @@ constexpr bool MASK_GRAD_OF_TILE = FA_MASK_GRAD == 3 || (FA_MASK_GRAD == 1 && HA
 constexpr bool MASK_GRAD_OF_SCORES = FA_MASK_GRAD != 0 && !MASK_GRAD_OF_TILE;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
-__shared__ unsigned long long shared_barriers[3];
+__shared__ mbarrier shared_barriers[3];
 
 /* Columns of a product, in pairs of 8, divided among SHARES warps; the last may have less. */
 template <int COLS, int SHARES> struct Columns {
@@ -439,19 +439,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (FA_MASK_GRAD == 3 && FA_WINDOW)
         queries.clear_hidden(p, b, hk, first_key);
 
-    /* Of each tile: it is there; P and dS of all warps are; nobody needs them any more. Split, so
-     * that warps get out of step: some multiply while others are at their exponentials. */
-    const SplitBarrier landed{shared_address(shared_barriers)};
-    const SplitBarrier shared{landed.address + 8}, finished{landed.address + 16};
+    /* Of each tile: it is there; P and dS of all warps are; nobody needs them any more. All threads
+     * arrive, and wait later, so that warps get out of step: some multiply while others are at
+     * their exponentials. (One arrival for a warp is no faster, and compute-sanitizer would see
+     * races.) */
+    const mbarrier_ref landed(shared_barriers);
+    const mbarrier_ref put(landed.address + 8), finished(landed.address + 16);
     if (threadIdx.x == 0) {
-        landed.init();
-        shared.init();
-        finished.init();
+        mbarrier_init(landed, THREADS);
+        mbarrier_init(put, THREADS);
+        mbarrier_init(finished, THREADS);
     }
     cp_async_wait<0>();
     __syncthreads();
-    finished.arrive();
-    landed.arrive();
+    mbarrier_arrive(finished);
+    mbarrier_arrive(landed);
 
     unsigned phase = 0;
     for (int stage = 0; queries.has(tile); stage = STAGES - 1 - stage, phase ^= 1) {
@@ -460,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int offset = STAGES_OFFSET + stage * STAGE_BYTES;
         const QTile Q{K.address + offset};
         const OTile dO{Q.address + DO_OFFSET};
-        landed.wait(phase);
+        mbarrier_wait(landed, phase);
 
         const int lane = threadIdx.x % 32;
         const int g = lane / 4, t = lane % 4;
@@ -470,7 +472,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         multiply_rows(P, K, warp_key, Q, warp_query);
         exponentiate(P, p, stats, mask, warp_query, warp_key, b, h, query + warp_query,
                      first_key + warp_key, g, t);
-        finished.wait(phase); /* all warps, with the tile before this one */
+        mbarrier_wait(finished, phase); /* all warps, with the tile before this one */
         if (STAGES == 2)
             load(1 - stage, tile);
         to_operand<true>(operand, P, p);
@@ -481,9 +483,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         differentiate(dS, P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
         to_operand<false>(operand, dS, p);
         put_operand(shared_dS, operand, warp_key, warp_query, g, t);
-        shared.arrive();
+        mbarrier_arrive(put);
         multiply_own(dK, operand, Q, warp_query, dk_columns);
-        shared.wait(phase); /* and nobody reads the mask any more */
+        mbarrier_wait(put, phase); /* and nobody reads the mask any more */
         load_mask_of(tile);
         multiply_others(dV, shared_P, warp_key, dO, warp_query, dv_columns);
         multiply_others(dK, shared_dS, warp_key, Q, warp_query, dk_columns);
@@ -493,7 +495,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         if (!LANDS_LATE) {
             cp_async_wait<0>();
-            landed.arrive();
+            mbarrier_arrive(landed);
         }
         if (MASK_GRAD_OF_TILE)
             put_mask_gradient(shared_dS, p, b, h, query, first_key);
@@ -501,9 +503,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             add_dq(p, shared_dS, K, b, h, query, warp);
         if (LANDS_LATE) {
             cp_async_wait<0>();
-            landed.arrive();
+            mbarrier_arrive(landed);
         }
-        finished.arrive();
+        mbarrier_arrive(finished);
     }
     __syncthreads(); /* nobody reads K and V any more: dK and dV take their places */
 
