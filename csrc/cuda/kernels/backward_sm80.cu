@@ -17,6 +17,7 @@
  * Compiled with the macros of forward_sm80.cu, STAGES (tiles of Q and of dO in shared memory: 2
  * where there is room) and FA_MASK_GRAD (0 none, 1 added atomically because the mask broadcasts, 2
  * stored as floats, 3 stored in the dtype of q, with zeros where the window hides it). */
+#include "accumulators.cuh"
 #include "backward_mask_tile.cuh"
 #include "ptx/mbarrier.cuh"
 #include "scores.cuh"
@@ -114,13 +115,7 @@ static __device__ __forceinline__ void multiply_columns(Scores &C, const A &a_ti
 template <class A, class B>
 static __device__ __forceinline__ void multiply_rows(Scores &C, const A &a_tile, int first_row,
                                                      const B &b_tile, int first_col) {
-#pragma unroll
-    for (int k = 0; k < KEY_TILES; k++)
-#pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-            for (int x = 0; x < 4; x++)
-                C[k][m][x] = 0;
+    set_to_zero(C);
     multiply_columns(C, a_tile, first_row, b_tile, first_col, 0);
 #pragma unroll UNROLL
     for (int d = 16; d < A::WIDTH; d += 16)
