@@ -1,5 +1,4 @@
-/* Accumulators of matrix products: arrays of registers, in as many dimensions as there are tiles.
- */
+/* Accumulators of matrix products: registers, in an array of as many dimensions as wanted. */
 #pragma once
 
 static __device__ __forceinline__ void set_to_zero(float &x) {

@@ -14,9 +14,9 @@
  * finds those of the other warps in shared memory after the barrier. The sum of dQ over the keys of
  * all blocks is made in global memory, in float.
  *
- * Compiled with the macros of forward_sm80.cu, STAGES (tiles of Q and of dO in shared memory: 2
- * where there is room) and FA_MASK_GRAD (0 none, 1 added atomically because the mask broadcasts, 2
- * stored as floats, 3 stored in the dtype of q, with zeros where the window hides it). */
+ * Compiled with the macros of forward_sm80.cu and FA_MASK_GRAD (0 none, 1 added atomically because
+ * the mask broadcasts, 2 stored as floats, 3 stored in the dtype of q, with zeros where the window
+ * hides it). */
 #include "accumulators.cuh"
 #include "backward_mask_tile.cuh"
 #include "ptx/mbarrier.cuh"
@@ -60,11 +60,9 @@ constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M * sizeof(float2);
 constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, MASK_OFFSET = P_OFFSET + 2 * PTile::BYTES;
 constexpr bool HAS_MASK_TILE = FA_MASK == 2;
 constexpr int STAGES_OFFSET = MASK_OFFSET + (HAS_MASK_TILE ? MaskTile::BYTES : 0);
-/* Part of the next tile of queries is asked for late, and waited for after dQ rather than before.
- */
+/* Part of the next tile of queries is asked for late, and waited for after dQ, not before. */
 constexpr bool LANDS_LATE = STAGES == 1 || HAS_MASK_TILE;
-/* The mask's gradient comes from dS in shared memory, rounded as dS is for dK; or from registers.
- */
+/* The mask's gradient is dS in shared memory, rounded as it is for dK; or that in registers. */
 constexpr bool MASK_GRAD_OF_TILE = FA_MASK_GRAD == 3 || (FA_MASK_GRAD == 1 && HAS_MASK_TILE);
 constexpr bool MASK_GRAD_OF_SCORES = FA_MASK_GRAD != 0 && !MASK_GRAD_OF_TILE;
 
@@ -408,15 +406,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const PTile shared_P{K.address + P_OFFSET}, shared_dS{shared_P.address + PTile::BYTES};
 
     const QueryTiles queries(p, hk, first_key);
-    const auto load = [&](int stage, QueryTile tile) { /* if there is one */
-                                                       if (queries.has(tile))
-                                                           load_queries(K.address + STAGES_OFFSET +
-                                                                            stage * STAGE_BYTES,
-                                                                        p, b, tile);
-                                                       cp_async_commit();
-    };
-
     const MaskTile mask{K.address + MASK_OFFSET};
+    /* Where there is no such tile, nothing is loaded. */
+    const auto load = [&](int stage, QueryTile tile) {
+        if (queries.has(tile))
+            load_queries(K.address + STAGES_OFFSET + stage * STAGE_BYTES, p, b, tile);
+        cp_async_commit();
+    };
     const auto load_mask_of = [&](QueryTile tile) {
         if (HAS_MASK_TILE && queries.has(tile))
             load_mask(mask, p, b, tile.h, tile.i, first_key);

@@ -8,8 +8,9 @@
  * is on its way.
  *
  * Compiled with: FA_DTYPE_BF16, FA_DTYPE_FP16 or FA_DTYPE_FP32, FA_TF32 (of floats: one product in
- * TF32, not three), HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, THREADS, STAGES, FA_ALIGNED, FA_MASK (0
- * none, 1 bool, 2 dtype of q, 3 float), FA_WINDOW, FA_DROPOUT. */
+ * TF32, not three), HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, THREADS, STAGES (1 or 2 tiles of what
+ * passes by are in shared memory), FA_ALIGNED, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float),
+ * FA_WINDOW, FA_DROPOUT. */
 #include "accumulators.cuh"
 #include "operand.cuh"
 #include "scores.cuh"
