@@ -115,14 +115,6 @@ static int round_up_16(int n) {
     return (n + 15) / 16 * 16;
 }
 
-static int64_t div_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-static int max(int a, int b) {
-    return a > b ? a : b;
-}
-
 /* Bytes of `rows` rows in shared memory: Tile<rows, cols> of kernels/tile.cuh. */
 static int tile_bytes(const struct tile *t, int rows, int cols) {
     return rows * (round_up_16(cols) * (t->operand == HALF ? 2 : 4) + 16);
@@ -193,6 +185,10 @@ static const struct tile *find_tile(int kernel, const struct fa_params *p, int a
 
 static int is_backward(const struct fa_params *p) {
     return p->dout.data != NULL;
+}
+
+int fa_cuda_has_window(const struct fa_params *p) {
+    return p->window_left >= 0 || p->window_right >= 0;
 }
 
 /* Whether several scores have the same element of the mask's gradient. */
@@ -274,7 +270,7 @@ static int is_aligned(const struct fa_params *p, const struct fa_tensor *t, int6
     return (((uintptr_t)t->data | bits * element_bytes(p->dtype)) & 15) == 0;
 }
 
-static int all_aligned(const struct fa_params *p) {
+int fa_cuda_is_aligned(const struct fa_params *p) {
     const struct fa_tensor *of_queries[] = {&p->q, &p->out, &p->dout, &p->dq};
     const struct fa_tensor *of_keys[] = {&p->k, &p->v, &p->dk, &p->dv};
     for (int i = 0; i < 4; i++) {
@@ -290,7 +286,7 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
     struct fa_cuda_step s = {
         .variant = {.kernel = (uint8_t)kernel,
                     .dtype = (uint8_t)p->dtype,
-                    .aligned = (uint8_t)all_aligned(p),
+                    .aligned = (uint8_t)fa_cuda_is_aligned(p),
                     .head_dim = (uint16_t)p->head_dim,
                     .head_dim_v = (uint16_t)p->head_dim_v,
                     .block_m = (uint16_t)t->block_m,
@@ -305,7 +301,7 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
     if (kernel != FA_CUDA_PREPARE && kernel != FA_CUDA_CONVERT) {
         s.variant.tf32 = p->dtype == FA_FLOAT32 && p->allow_tf32;
         s.variant.mask = (uint8_t)mask_kind(p);
-        s.variant.window = p->window_left >= 0 || p->window_right >= 0;
+        s.variant.window = (uint8_t)fa_cuda_has_window(p);
         s.variant.dropout = p->dropout_p > 0;
     }
     if (kernel == FA_CUDA_BACKWARD) {
@@ -326,8 +322,9 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
     int count = 0;
     if (!is_backward(p)) {
         steps[count] = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        fa_cuda_forward_sm90(p, &steps[count++]);
-        return count;
+        if (fa_cuda_takes_forward_sm90(p, arch))
+            fa_cuda_forward_sm90(p, &steps[count]);
+        return count + 1;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
     steps[count++] = step(FA_CUDA_BACKWARD, p, arch, sm_count);
