@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "../../check.h"
 #include "../kernels/params.h"
 #include "engine.h"
 
@@ -208,19 +209,8 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
 #define REQUIRE(CONDITION, STATUS, ...)                                                            \
     if (!(CONDITION))                                                                              \
         return fa_cuda_fail(STATUS, __VA_ARGS__);
-    REQUIRE(p->dtype == FA_FLOAT32 || p->dtype == FA_FLOAT64 || p->dtype == FA_BFLOAT16 ||
-                p->dtype == FA_FLOAT16,
-            FA_INVALID, "dtype: must be float32, float64, bfloat16 or float16")
-    REQUIRE(p->batch >= 0 && p->heads_q >= 0 && p->heads_k >= 0 && p->seq_q >= 0 && p->seq_k >= 0,
-            FA_INVALID, "batch, heads and seq: must not be negative")
-    REQUIRE(p->heads_k ? p->heads_q % p->heads_k == 0 : p->heads_q == 0, FA_INVALID,
-            "heads_q: must be a multiple of heads_k")
-    REQUIRE(p->dropout_p >= 0 && p->dropout_p <= 1, FA_INVALID, "dropout_p: must be in [0, 1]")
-    REQUIRE(p->dropout_p == 0 || p->rng_state, FA_INVALID, "rng_state: needed for dropout")
-    REQUIRE(!p->mask.data || p->mask.dtype == FA_BOOL || p->mask.dtype == FA_FLOAT32 ||
-                p->mask.dtype == p->dtype,
-            FA_INVALID, "mask: must be bool, float32 or of the dtype of q")
-
+    const char *invalid = fa_check(p);
+    REQUIRE(!invalid, FA_INVALID, "%s", invalid)
     REQUIRE(arch >= 80, FA_UNSUPPORTED, "the kernels need compute capability 8.0, this is %d.%d",
             arch / 10, arch % 10)
     REQUIRE(p->dtype != FA_FLOAT64 && (p->dtype != FA_FLOAT32 || !is_backward(p)), FA_UNSUPPORTED,
