@@ -72,8 +72,9 @@ _Static_assert(sizeof(struct fa_cuda_variant) == 26, "no padding: it is compared
 /* One launch of a call. */
 struct fa_cuda_step {
     struct fa_cuda_variant variant;
-    int blocks; /* thread blocks for each head */
-    int heads;  /* heads of queries, or of keys in the main kernel of the backward */
+    const char *not_sm90; /* why not its sibling for sm_90a; NULL: it is that, or has none */
+    int blocks;           /* thread blocks for each head */
+    int heads;            /* heads of queries, or of keys in the main kernel of the backward */
     unsigned shared_bytes;
 };
 enum { FA_CUDA_MAX_STEPS = 4 };
@@ -104,10 +105,10 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
 
 /* --- forward_sm90.c --- */
 
-/* Whether that kernel takes a forward that passes fa_cuda_check. */
-int fa_cuda_takes_forward_sm90(const struct fa_params *p, int arch);
+/* Why that kernel does not take a forward that passes fa_cuda_check; NULL: it does. */
+const char *fa_cuda_not_forward_sm90(const struct fa_params *p, int arch);
 
-/* Makes the step of such a forward of that of FA_CUDA_FORWARD. */
+/* Makes the step of a forward that it takes of that of FA_CUDA_FORWARD. */
 void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step);
 
 /* The second parameter of the kernel. */

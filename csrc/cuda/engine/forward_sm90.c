@@ -83,16 +83,24 @@ static int mask_tiles(const struct fa_params *p, int mask) {
     return p->mask.stride_row ? 1 : 2;
 }
 
-int fa_cuda_takes_forward_sm90(const struct fa_params *p, int arch) {
-    return arch == 90 && (p->dtype == FA_BFLOAT16 || p->dtype == FA_FLOAT16) && p->seq_q > 0 &&
-           p->seq_k > 0 && fa_cuda_is_aligned(p) && can_be_mapped(&p->q, p->seq_q) &&
-           can_be_mapped(&p->k, p->seq_k) && can_be_mapped(&p->v, p->seq_k) &&
-           can_be_mapped(&p->out, p->seq_q);
+const char *fa_cuda_not_forward_sm90(const struct fa_params *p, int arch) {
+    if (arch != 90)
+        return "forward_sm90.cu is for compute capability 9.0";
+    if (p->dtype != FA_BFLOAT16 && p->dtype != FA_FLOAT16)
+        return "forward_sm90.cu is for float16 and bfloat16";
+    if (p->seq_q == 0 || p->seq_k == 0)
+        return "forward_sm90.cu wants queries and keys";
+    if (!fa_cuda_is_aligned(p))
+        return "forward_sm90.cu wants rows that start at multiples of 16 bytes";
+    if (!can_be_mapped(&p->q, p->seq_q) || !can_be_mapped(&p->k, p->seq_k) ||
+        !can_be_mapped(&p->v, p->seq_k) || !can_be_mapped(&p->out, p->seq_q))
+        return "forward_sm90.cu wants strides below 2^30, and no row broadcast";
+    return NULL;
 }
 
 size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch) {
     /* Without a window all pieces of work are of one size. */
-    return fa_cuda_has_window(p) && fa_cuda_takes_forward_sm90(p, arch)
+    return fa_cuda_has_window(p) && !fa_cuda_not_forward_sm90(p, arch)
                ? sizeof(struct fa_kernel_counter)
                : 0;
 }

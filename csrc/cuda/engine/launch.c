@@ -212,3 +212,16 @@ enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
     }
     return FA_OK;
 }
+
+enum fa_status fa_cuda_choice(const struct fa_params *p, int arch,
+                              void (*visit)(void *ctx, const char *file, const char *not_sm90),
+                              void *ctx) {
+    enum fa_status status = fa_cuda_check(p, arch);
+    if (status)
+        return status;
+    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
+    const int count = fa_cuda_plan(p, arch, 0, steps);
+    for (int i = 0; i < count; i++)
+        visit(ctx, fa_cuda_file(&steps[i].variant), steps[i].not_sm90);
+    return FA_OK;
+}

@@ -311,10 +311,12 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
     int count = 0;
     if (!is_backward(p)) {
-        steps[count] = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        if (fa_cuda_takes_forward_sm90(p, arch))
-            fa_cuda_forward_sm90(p, &steps[count]);
-        return count + 1;
+        struct fa_cuda_step *forward = &steps[count++];
+        *forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
+        forward->not_sm90 = fa_cuda_not_forward_sm90(p, arch);
+        if (!forward->not_sm90)
+            fa_cuda_forward_sm90(p, forward);
+        return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
     steps[count++] = step(FA_CUDA_BACKWARD, p, arch, sm_count);
