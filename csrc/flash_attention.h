@@ -192,6 +192,13 @@ enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
                                void (*visit)(void *ctx, const struct fa_cuda_compiled *compiled),
                                void *ctx);
 
+/* Shows each kernel that p takes on an architecture, in order: its file and, where it is one for
+ * all GPUs that has a sibling for sm_90a, why it is not the sibling, else NULL. Compiles nothing.
+ */
+enum fa_status fa_cuda_choice(const struct fa_params *p, int arch,
+                              void (*visit)(void *ctx, const char *file, const char *not_sm90),
+                              void *ctx);
+
 int fa_cuda_device_count(void);
 enum fa_status fa_cuda_device(int device, char *name, size_t name_bytes, int *arch);
 

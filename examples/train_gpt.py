@@ -117,45 +117,53 @@ def learning_rate(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / (steps - warm_up))
 
 
-def train(name: str, device: str, options: argparse.Namespace) -> dict:
-    """Trains one model; returns its losses, its speed and its peak of memory."""
-    torch.manual_seed(options.seed)
-    text = encode(standard_library())
-    windows = text.unfold(0, options.context + 1, 1)  # [characters, N + 1], a view
-    order = torch.randint(len(windows), (options.steps, options.batch))
+class Trainer:
+    """A model and its optimizer; `step` is one step of the training."""
 
-    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
-    tiny = torch.randn(1, 1, 16, options.head_dim, device=device, requires_grad=True)
-    with autocast():
-        out = ATTENTIONS[name](tiny, tiny, tiny)
-    out.sum().backward()  # loads libraries, compiles kernels
-    with PeakMemory(device) as memory:
-        model = GPT(
+    def __init__(self, name: str, device: str, options: argparse.Namespace):
+        self.model = GPT(
             options.context, options.layers, options.heads, options.head_dim, ATTENTIONS[name]
         ).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate(step, options.steps)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), options.lr, betas=(0.9, 0.95))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate(step, options.steps)
         )
+        self.autocast = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
+
+    def step(self, ids: Tensor) -> float:
+        """Of [B, N + 1] characters; returns the loss in nats."""
+        with self.autocast():
+            logits = self.model(ids[:, :-1])  # [B, N, VOCABULARY]
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return loss.item()  # waits for the device
+
+
+def train(name: str, device: str, options: argparse.Namespace) -> dict:
+    """Trains one model; returns its losses, its speed and its peak of memory."""
+    text = encode(standard_library())
+    windows = text.unfold(0, options.context + 1, 1)  # [characters, N + 1], a view
+    # What a first step loads and compiles is no attention's cost.
+    Trainer(name, device, options).step(windows[:1, :17].to(device))
+
+    torch.manual_seed(options.seed)
+    order = torch.randint(len(windows), (options.steps, options.batch))
+    with PeakMemory(device) as memory:
+        trainer = Trainer(name, device, options)
         losses, seconds = [], []
         progress = trange(options.steps, desc=f"{name:5}", unit="step")
         for step in progress:
             start = time.perf_counter()
-            batch = windows[order[step]].to(device)  # [B, N + 1]
-            with autocast():
-                logits = model(batch[:, :-1])  # [B, N, VOCABULARY]
-                loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.item())  # waits for the device
+            losses.append(trainer.step(windows[order[step]].to(device)))
             seconds.append(time.perf_counter() - start)
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
 
     seconds.sort()
-    with autocast():
-        sample = model.generate("def ", 200)
+    with trainer.autocast():
+        sample = trainer.model.generate("def ", 200)
     return {
         "losses": losses,
         "tokens_per_second": options.batch * options.context / seconds[len(seconds) // 2],

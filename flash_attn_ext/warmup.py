@@ -29,6 +29,7 @@ def standard_calls(
                 "dtype": dtype,
                 "head_dim": head_dim,
                 "head_dim_v": head_dim,
+                "aligned": head_dim * (4 if dtype == "float32" else 2) % 16 == 0,
                 "seq_q": 4096,
                 "mask": None,
                 "window": False,

@@ -124,12 +124,12 @@ struct Maps { tensor_map x, y; };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fa_test(const __grid_constant__ Maps maps, float *result) {
-    const unsigned shared = shared_address(shared_memory), barrier = shared + SHARED - 16;
+    const unsigned shared = shared_address(shared_memory);
     mbarrier *full = (mbarrier *)(shared_memory + SHARED - 16);
     const int t = threadIdx.x;
     float d[8][4] = {};
     if (t == 0)
-        mbarrier_init(barrier, 1);
+        mbarrier_init(full, 1);
     __syncthreads();
     BODY
 }
@@ -169,7 +169,7 @@ LOAD = """
         tma_load(shared + 8192, &maps.y, full, 0, 0, 0, 0);
     }
 """
-WAIT = "mbarrier_wait(barrier, 0);"
+WAIT = "mbarrier_wait(full, 0);"
 MULTIPLY = """
     const Panels<64, 64> X{shared}, Y{shared + 8192};
     wgmma_fence();
@@ -181,13 +181,13 @@ MULTIPLY = """
 STORE = "if (t == 0) { tma_store(&maps.y, shared, 0, 0, 0, 0); tma_store_commit(); %s }"
 
 MISTAKES = {
-    "hangs": "if (t < 64) mbarrier_wait(barrier, 0);",
-    "wait at __syncthreads": "if (t < 32) __syncthreads(); else mbarrier_wait(barrier, 0);",
+    "hangs": "if (t < 64) mbarrier_wait(full, 0);",
+    "wait at __syncthreads": "if (t < 32) __syncthreads(); else mbarrier_wait(full, 0);",
     "while other lanes of the warp are at": "if (t % 2) __syncwarp(); else uniform(t);",
     "of which some lanes have ended": "if (t % 2) { unsigned r[4]; ldmatrix_x4(r, shared); }",
     "while others wait there for 64": "barrier_arrive(1, t < 32 ? 64 : 96);",
     "all the arrivals of this phase": LOAD + LOAD,
-    "no initialised mbarrier": "mbarrier_arrive(shared);",
+    "no initialised mbarrier": "mbarrier_arrive(mbarrier_ref(shared));",
     "which ends at": "load_shared_1(shared + SHARED);",
     "has written to": "shared_memory[SHARED + 100] = 1;",
     "is not a multiple of 16": "store_shared_4(shared + 8, 0, 0, 0, 0);",
@@ -264,7 +264,7 @@ def test_boxes_past_the_edge(matrices):
         if (t == 0) {
             mbarrier_arrive_expect(full, 8192);
             tma_load(shared, &maps.x, full, -8, 60, 0, 0);
-            mbarrier_wait(barrier, 0);
+            mbarrier_wait(full, 0);
             tma_store(&maps.y, shared, 16, -2, 0, 0);
             tma_store_commit();
             tma_store_wait_read();

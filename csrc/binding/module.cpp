@@ -94,26 +94,30 @@ fa_dtype dtype_of(const std::string &name) {
     throw py::value_error("unknown dtype: " + name);
 }
 
-// A CudaCall of _C.pyi: a call with contiguous tensors, which are not there.
+// A CudaCall of _C.pyi: a call with tensors that are not there.
 fa_params params_of(const py::dict &call) {
-    alignas(16) static char nothing[16];
+    alignas(16) static char memory[32];
     const auto get = [&](const char *name) { return call[name]; };
+    const bool aligned = get("aligned").cast<bool>();
+    char *nothing = aligned ? memory : memory + 8;
+    const auto row = [&](int64_t size) { return aligned ? (size + 7) / 8 * 8 : size; };
     fa_params p{};
     p.dtype = dtype_of(get("dtype").cast<std::string>());
     p.head_dim = get("head_dim").cast<int>();
     p.head_dim_v = get("head_dim_v").cast<int>();
-    p.batch = p.heads_q = p.heads_k = 1;
+    p.batch = 2; // so that there is something to broadcast over
+    p.heads_q = p.heads_k = 1;
     p.seq_q = p.seq_k = get("seq_q").cast<int>();
-    p.q = p.k = {nothing, 0, 0, p.head_dim};
-    p.v = p.out = {nothing, 0, 0, p.head_dim_v};
+    p.q = p.k = {nothing, 0, 0, row(p.head_dim)};
+    p.v = p.out = {nothing, 0, 0, row(p.head_dim_v)};
     p.window_left = FA_NO_LIMIT;
     p.window_right = get("window").cast<bool>() ? 0 : FA_NO_LIMIT;
     p.allow_tf32 = get("allow_tf32").cast<bool>();
     if (!get("mask").is_none())
-        p.mask = {nothing, dtype_of(get("mask").cast<std::string>()), 0, 0, p.seq_k, 1};
+        p.mask = {memory, dtype_of(get("mask").cast<std::string>()), 0, 0, p.seq_k, 1};
     if (get("dropout").cast<bool>()) {
         p.dropout_p = 0.5;
-        p.rng_state = reinterpret_cast<const uint64_t *>(nothing);
+        p.rng_state = reinterpret_cast<const uint64_t *>(memory);
     }
     if (get("backward").cast<bool>()) {
         p.dq = p.dk = p.q;
@@ -122,7 +126,7 @@ fa_params params_of(const py::dict &call) {
         if (get("mask_grad").cast<bool>()) {
             const int stride = get("mask_broadcasts").cast<bool>() ? 0 : 1;
             const bool in_dtype = stride && p.mask.dtype == p.dtype && p.dtype != FA_FLOAT32;
-            p.dmask = {nothing, stride, stride, stride, stride, in_dtype};
+            p.dmask = {memory, stride, stride, stride, stride, in_dtype};
         }
     }
     return p;
@@ -132,6 +136,17 @@ py::object cuda_unsupported(const py::dict &call, int device) {
     fa_params p = params_of(call);
     p.device = device;
     return fa_cuda_supports(&p) == FA_OK ? py::object(py::none()) : py::str(fa_cuda_last_error());
+}
+
+py::list cuda_choice(const py::dict &call, int arch) {
+    const fa_params p = params_of(call);
+    py::list kernels;
+    const auto append = [](void *list, const char *file, const char *not_sm90) {
+        static_cast<py::list *>(list)->append(py::make_tuple(file, not_sm90));
+    };
+    if (fa_cuda_choice(&p, arch, append, &kernels) != FA_OK)
+        throw std::runtime_error(fa_cuda_last_error());
+    return kernels;
 }
 
 py::list cuda_compile(const py::dict &call, int arch) {
@@ -187,6 +202,8 @@ PYBIND11_MODULE(_C, m) {
           "Why the last call of the CUDA engine that failed on this thread did so.");
     m.def("cuda_unsupported", cuda_unsupported, py::arg("call"), py::arg("device"),
           "Why the CUDA kernels cannot take a call, or None.");
+    m.def("cuda_choice", cuda_choice, py::arg("call"), py::arg("arch"),
+          "(file, why not its sibling for sm_90a) of the kernels that a call takes, in order.");
     m.def("cuda_compile", cuda_compile, py::arg("call"), py::arg("arch"),
           "Compiles the kernels of a call for an architecture, unless the cache has them.");
     fa_cuda_set_warning_handler(warn);

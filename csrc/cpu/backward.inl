@@ -7,7 +7,10 @@
  *     dQ = scale * dS K,  dK = scale * dS^T Q
  *
  * A key tile stays while all queries of its group pass by, so that dK and dV are finished when it
- * is left; dQ is added up in a buffer that the task has for itself. */
+ * is left. Gradients are summed in their own tensors where those hold reals, else in scratch; tasks
+ * that share a head's keys need a buffer for dQ each, but for one. */
+
+enum { T(sums_in_place) = sizeof(elem) == sizeof(real) };
 
 struct T(backward_scratch) {
     operand *Qt, *dOt;      /* [D / DEPTH][ld], [Dv / DEPTH][ld] */
@@ -16,10 +19,9 @@ struct T(backward_scratch) {
     operand *pairs;         /* P' or dS, where operands are not reals */
     operand *Ka, *Va;       /* [block_n][operand_ld], where not in place; A of K Q^T and V dO^T */
     operand *Kb, *Qb, *dOb; /* panels, where not in place; B of dQ, dK and dV */
-    real *dK, *dV;          /* [block_n][ld_dk], [block_n][ld_dv] */
+    real *dK, *dV;          /* [block_n][D, Dv in whole vectors], where not in place */
     real *lse;              /* [block_m] */
     real *delta;            /* [block_m] */
-    int64_t ld_dk, ld_dv;
 };
 
 static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const struct fa_params *p,
@@ -28,8 +30,7 @@ static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const str
     const int64_t n = fa_round_up(fa_min(FA_BLOCK_N_BACKWARD, p->seq_k), 2);
     const int64_t ld = fa_round_up(fa_min(FA_BLOCK_M, p->seq_q), LANES);
     const int64_t d = p->head_dim, dv = p->head_dim_v;
-    s->ld_dk = fa_round_up(d, LANES);
-    s->ld_dv = fa_round_up(dv, LANES);
+    const int copies = !T(sums_in_place); /* then operands are in place, too */
 #define TAKE(TYPE, COUNT) fa_take(&cursor, (size_t)(COUNT) * sizeof(TYPE))
     s->Qt = TAKE(operand, fa_div_up(d, DEPTH) * ld);
     s->dOt = TAKE(operand, fa_div_up(dv, DEPTH) * ld);
@@ -37,13 +38,13 @@ static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const str
     s->dP = TAKE(real, n * ld);
     s->edit = TAKE(real, p->mask.data || p->dropout_p > 0 ? n * ld : 0);
     s->pairs = TAKE(operand, DEPTH > 1 ? n * ld / DEPTH : 0);
-    s->Ka = TAKE(operand, n * T(operand_ld)(d));
-    s->Va = TAKE(operand, n * T(operand_ld)(dv));
-    s->Kb = TAKE(operand, n / DEPTH * T(panel_ld)(d));
-    s->Qb = TAKE(operand, ld / DEPTH * T(panel_ld)(d));
-    s->dOb = TAKE(operand, ld / DEPTH * T(panel_ld)(dv));
-    s->dK = TAKE(real, n * s->ld_dk);
-    s->dV = TAKE(real, n * s->ld_dv);
+    s->Ka = TAKE(operand, copies * n * T(operand_ld)(d));
+    s->Va = TAKE(operand, copies * n * T(operand_ld)(dv));
+    s->Kb = TAKE(operand, copies * n / DEPTH * T(panel_ld)(d));
+    s->Qb = TAKE(operand, copies * ld / DEPTH * T(panel_ld)(d));
+    s->dOb = TAKE(operand, copies * ld / DEPTH * T(panel_ld)(dv));
+    s->dK = TAKE(real, copies * n * fa_round_up(d, LANES));
+    s->dV = TAKE(real, copies * n * fa_round_up(dv, LANES));
     s->lse = TAKE(real, ld);
     s->delta = TAKE(real, ld);
 #undef TAKE
@@ -109,26 +110,54 @@ static void T(probabilities_and_dS)(real *S, real *dP, int keys, int ld, real sc
     }
 }
 
-/* rows [0, count) of dst = scale * src. */
-static void T(store_gradient)(const struct fa_tensor *dst, int64_t b, int64_t h, int64_t i,
-                              int64_t count, int64_t cols, const real *src, int64_t ld,
-                              real scale) {
-    const vec f = V(set1)(scale);
+/* Rows of a gradient that is being summed. */
+struct T(sums) {
+    real *rows;
+    int64_t ld;
+};
+
+/* Rows i, i + 1, ... of a gradient: in a buffer, or in the tensor itself. */
+static struct T(sums) T(sums_of)(const struct fa_tensor *grad, int64_t b, int64_t h, int64_t i,
+                                 int64_t cols, real *buffer) {
+    if (buffer)
+        return (struct T(sums)){buffer, fa_round_up(cols, LANES)};
+    return (struct T(sums)){(real *)T(at)(grad, b, h, i), grad->stride_row};
+}
+
+static void T(clear_sums)(struct T(sums) sums, int64_t count, int64_t cols) {
+    for (int64_t r = 0; r < count; r++)
+        memset(sums.rows + r * sums.ld, 0, (size_t)cols * sizeof(real));
+}
+
+/* Rows i, i + 1, ... of a gradient = scale * the sum of `buffers` buffers, `size` reals each, and
+ * of what is there already if one of the sums was made in place. */
+static void T(store_gradient)(const struct fa_tensor *grad, int64_t b, int64_t h, int64_t i,
+                              int64_t count, int64_t cols, const real *buffer, int64_t size,
+                              int buffers, real scale) {
+    const int64_t ld = fa_round_up(cols, LANES);
     for (int64_t r = 0; r < count; r++) {
-        elem *row = T(at)(dst, b, h, i + r);
+        elem *row = T(at)(grad, b, h, i + r);
         for (int64_t d = 0; d < cols; d += LANES) {
-            const vec x = V(load)(src + r * ld + d) * f;
-            if (cols - d < LANES)
-                E(store_n)(row + d, x, (int)(cols - d));
+            const int n = (int)fa_min(LANES, cols - d);
+            vec sum = V(set1)(0);
+            if (T(sums_in_place))
+                sum = n < LANES ? E(load_n)(row + d, n) : E(load)(row + d);
+            for (int x = 0; x < buffers; x++)
+                sum = sum + V(load)(buffer + x * size + r * ld + d);
+            sum = sum * V(set1)(scale);
+            if (n < LANES)
+                E(store_n)(row + d, sum, n);
             else
-                E(store)(row + d, x);
+                E(store)(row + d, sum);
         }
     }
 }
 
-/* A tile of keys as gemm operands: K and V as A of K Q^T and V dO^T, K as B of dS K. */
+/* A tile of keys: its gradients, and its operands: K and V as A of K Q^T and V dO^T, K as B of
+ * dS K. */
 struct T(key_tile) {
     int64_t key, keys;
+    struct T(sums) dK, dV;
     const operand *Ka, *Va, *Kb;
     int64_t ld_ka, ld_va, ld_kb;
     int64_t cols_kb;
@@ -137,7 +166,8 @@ struct T(key_tile) {
 /* One tile of queries, all of one head, against the keys [skip, skip + keys) of a key tile. */
 static void T(backward_tile)(const struct T(backward_scratch) * s, const struct fa_params *p,
                              int64_t batch, const struct T(queries) * queries,
-                             const struct T(key_tile) * tile, int64_t skip, int keys, real *dQ) {
+                             const struct T(key_tile) * tile, int64_t skip, int keys,
+                             struct T(sums) dQ) {
     const int ld = queries->ld;
     const int64_t h = queries->head[0], i = queries->row[0], key = tile->key + skip;
     T(transpose_operand)(s->Qt, &p->q, batch, queries, p->head_dim);
@@ -168,20 +198,32 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
         int64_t ldb, cols = p->head_dim_v;
         const operand *dO = T(panel_operand)(T(at)(&p->dout, batch, h, i), p->dout.stride_row,
                                              queries->count, &cols, s->dOb, &ldb);
-        gemm(s->dV + skip * s->ld_dv, s->ld_dv, T(sum_over_queries)(P, keys, ld, s->pairs),
-             ld / DEPTH, 1, dO, ldb, keys, cols, fa_div_up(queries->count, DEPTH), 1);
+        gemm(tile->dV.rows + skip * tile->dV.ld, tile->dV.ld,
+             T(sum_over_queries)(P, keys, ld, s->pairs), ld / DEPTH, 1, dO, ldb, keys, cols,
+             fa_div_up(queries->count, DEPTH), 1);
     }
     if (p->dk.data) {
         int64_t ldb, cols = p->head_dim;
         const operand *Q = T(panel_operand)(T(at)(&p->q, batch, h, i), p->q.stride_row,
                                             queries->count, &cols, s->Qb, &ldb);
-        gemm(s->dK + skip * s->ld_dk, s->ld_dk, T(sum_over_queries)(dS, keys, ld, s->pairs),
-             ld / DEPTH, 1, Q, ldb, keys, cols, fa_div_up(queries->count, DEPTH), 1);
+        gemm(tile->dK.rows + skip * tile->dK.ld, tile->dK.ld,
+             T(sum_over_queries)(dS, keys, ld, s->pairs), ld / DEPTH, 1, Q, ldb, keys, cols,
+             fa_div_up(queries->count, DEPTH), 1);
     }
-    if (dQ)
-        gemm(dQ, s->ld_dk, T(sum_over_keys)(dS, keys, ld, s->pairs), 1, ld,
+    if (p->dq.data)
+        gemm(dQ.rows, dQ.ld, T(sum_over_keys)(dS, keys, ld, s->pairs), 1, ld,
              tile->Kb + skip / DEPTH * tile->ld_kb, tile->ld_kb, queries->count, tile->cols_kb,
              fa_div_up(keys, DEPTH), 1);
+}
+
+/* Rows i, i + 1, ... of query head g of a group. */
+static struct T(sums)
+    T(dq_sums)(const struct fa_params *p, const struct fa_key_share *share, int64_t g, int64_t i) {
+    real *buffer = share->dq;
+    if (buffer)
+        buffer += (g * p->seq_q + i) * fa_round_up(p->head_dim, LANES);
+    const int64_t head = share->head_k * fa_heads_per_group(p) + g;
+    return T(sums_of)(&p->dq, share->batch, head, i, p->head_dim, buffer);
 }
 
 static void T(backward_keys)(const struct fa_params *p, const struct fa_key_share *share,
@@ -189,8 +231,9 @@ static void T(backward_keys)(const struct fa_params *p, const struct fa_key_shar
     struct T(backward_scratch) s;
     T(take_backward_scratch)(&s, p, scratch);
     const int64_t b = share->batch, hk = share->head_k, group = fa_heads_per_group(p);
-    if (share->dq)
-        memset(share->dq, 0, T(backward_dq_bytes)(p));
+    const int copies = !T(sums_in_place);
+    for (int64_t g = 0; g < group && p->dq.data; g++)
+        T(clear_sums)(T(dq_sums)(p, share, g, 0), p->seq_q, p->head_dim);
 
     for (int64_t first = share->first_tile * FA_BLOCK_N_BACKWARD; first < p->seq_k;
          first += share->step * FA_BLOCK_N_BACKWARD) {
@@ -201,8 +244,14 @@ static void T(backward_keys)(const struct fa_params *p, const struct fa_key_shar
         tile.Ka = T(rows_operand)(K, p->k.stride_row, tile.keys, p->head_dim, s.Ka, &tile.ld_ka);
         tile.Va = T(rows_operand)(V, p->v.stride_row, tile.keys, p->head_dim_v, s.Va, &tile.ld_va);
         tile.Kb = T(panel_operand)(K, p->k.stride_row, tile.keys, &tile.cols_kb, s.Kb, &tile.ld_kb);
-        memset(s.dK, 0, (size_t)(tile.keys * s.ld_dk) * sizeof(real));
-        memset(s.dV, 0, (size_t)(tile.keys * s.ld_dv) * sizeof(real));
+        if (p->dk.data) {
+            tile.dK = T(sums_of)(&p->dk, b, hk, first, p->head_dim, copies ? s.dK : NULL);
+            T(clear_sums)(tile.dK, tile.keys, p->head_dim);
+        }
+        if (p->dv.data) {
+            tile.dV = T(sums_of)(&p->dv, b, hk, first, p->head_dim_v, copies ? s.dV : NULL);
+            T(clear_sums)(tile.dV, tile.keys, p->head_dim_v);
+        }
 
         for (int64_t g = 0; g < group; g++) {
             for (int64_t i = 0; i < p->seq_q; i += FA_BLOCK_M) {
@@ -216,33 +265,28 @@ static void T(backward_keys)(const struct fa_params *p, const struct fa_key_shar
                 const int64_t end = fa_min(fa_key_end(p, last) - first, tile.keys);
                 if (skip >= end)
                     continue;
-                real *dQ = share->dq;
-                T(backward_tile)(&s, p, b, &queries, &tile, skip, (int)(end - skip),
-                                 dQ ? dQ + (g * p->seq_q + i) * s.ld_dk : NULL);
+                struct T(sums) dQ = {0};
+                if (p->dq.data)
+                    dQ = T(dq_sums)(p, share, g, i);
+                T(backward_tile)(&s, p, b, &queries, &tile, skip, (int)(end - skip), dQ);
             }
         }
         if (p->dk.data)
-            T(store_gradient)(&p->dk, b, hk, first, tile.keys, p->head_dim, s.dK, s.ld_dk,
+            T(store_gradient)(&p->dk, b, hk, first, tile.keys, p->head_dim, s.dK, 0, copies,
                               (real)p->scale);
-        if (p->dv.data)
-            T(store_gradient)(&p->dv, b, hk, first, tile.keys, p->head_dim_v, s.dV, s.ld_dv, 1);
+        if (p->dv.data && copies)
+            T(store_gradient)(&p->dv, b, hk, first, tile.keys, p->head_dim_v, s.dV, 0, copies, 1);
     }
 }
 
 static void T(backward_store_dq)(const struct fa_params *p, int64_t batch, int64_t head_k,
-                                 int64_t begin, int64_t end, void *buffers, int count) {
+                                 int64_t begin, int64_t end, const void *buffers, int count) {
     const int64_t ld = fa_round_up(p->head_dim, LANES), group = fa_heads_per_group(p);
     const int64_t size = (int64_t)(T(backward_dq_bytes)(p) / sizeof(real));
-    real *sum = buffers;
-    for (int n = 1; n < count; n++) {
-        const real *part = sum + n * size;
-        for (int64_t x = begin * ld; x < end * ld; x += LANES)
-            V(store)(sum + x, V(load)(sum + x) + V(load)(part + x));
-    }
     for (int64_t row = begin; row < end;) { /* a head at a time */
         const int64_t i = row % p->seq_q, rows = fa_min(p->seq_q - i, end - row);
         T(store_gradient)(&p->dq, batch, head_k * group + row / p->seq_q, i, rows, p->head_dim,
-                          sum + row * ld, ld, (real)p->scale);
+                          (const real *)buffers + row * ld, size, count, (real)p->scale);
         row += rows;
     }
 }

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../check.h"
 #include "kernels.h"
 
 struct isa {
@@ -98,19 +99,8 @@ enum fa_status fa_cpu_supports(const struct fa_params *p, const char **reason) {
         *reason = REASON;                                                                          \
         return STATUS;                                                                             \
     }
-    REQUIRE(p->dtype == FA_FLOAT32 || p->dtype == FA_FLOAT64 || p->dtype == FA_BFLOAT16 ||
-                p->dtype == FA_FLOAT16,
-            FA_INVALID, "dtype: must be float32, float64, bfloat16 or float16")
-    REQUIRE(p->batch >= 0 && p->heads_q >= 0 && p->heads_k >= 0 && p->seq_q >= 0 && p->seq_k >= 0 &&
-                p->head_dim >= 0 && p->head_dim_v >= 0,
-            FA_INVALID, "batch, heads, seq and head_dim: must not be negative")
-    REQUIRE(p->heads_k ? p->heads_q % p->heads_k == 0 : p->heads_q == 0, FA_INVALID,
-            "heads_q: must be a multiple of heads_k")
-    REQUIRE(p->dropout_p >= 0 && p->dropout_p <= 1, FA_INVALID, "dropout_p: must be in [0, 1]")
-    REQUIRE(p->dropout_p == 0 || p->rng_state, FA_INVALID, "rng_state: needed for dropout")
-    REQUIRE(!p->mask.data || p->mask.dtype == FA_BOOL || p->mask.dtype == FA_FLOAT32 ||
-                p->mask.dtype == p->dtype,
-            FA_INVALID, "mask: must be bool, float32 or of the dtype of q")
+    const char *invalid = fa_check(p);
+    REQUIRE(!invalid, FA_INVALID, invalid)
     REQUIRE(p->executor.num_threads >= 0, FA_INVALID, "executor: must not have negative threads")
     REQUIRE(p->softcap == 0, FA_UNSUPPORTED, "softcap: not in the CPU kernels")
     REQUIRE(!p->alibi_slopes, FA_UNSUPPORTED, "alibi_slopes: not in the CPU kernels")

@@ -3,13 +3,12 @@
  *     C[i][j] (+)= sum over p < depth of A[i * a_row + p * a_col] * B[p * ldb + j]
  *
  * A is read one operand at a time and broadcast, so that its two strides can be anything: K and V
- * are read in place, P and dS as they are or transposed. B is read in vectors along j. C is
- * scratch whose rows are padded to whole vectors; what is beyond `cols` in a row becomes garbage.
- * Sums start from zero in registers and are added to C at the end, which halves the rounding error
- * against adding every product to C. */
+ * are read in place, P and dS as they are or transposed. B is read, and C written, in vectors along
+ * j. Sums start from zero in registers and are added to C at the end, which halves the rounding
+ * error against adding every product to C. */
 
 /* `rows` x `vecs` vectors of C. Both are constants where this is called, so that `acc` lives in
- * registers; tail is the number of lanes that the last vector of B has, 0 for all. */
+ * registers; tail is the number of lanes that the last vector of a row has, 0 for all. */
 FA_ALWAYS_INLINE void gemm_block(const int rows, const int vecs, const int tail, real *C,
                                  int64_t ldc, const operand *A, int64_t a_row, int64_t a_col,
                                  const operand *B, int64_t ldb, int64_t depth, int accumulate) {
@@ -33,9 +32,13 @@ FA_ALWAYS_INLINE void gemm_block(const int rows, const int vecs, const int tail,
     FA_UNROLL for (int i = 0; i < rows; i++) {
         FA_UNROLL for (int j = 0; j < vecs; j++) {
             real *c = C + i * ldc + j * LANES;
+            const int part = tail && j == vecs - 1;
             if (accumulate)
-                acc[i][j] += V(load)(c);
-            V(store)(c, acc[i][j]);
+                acc[i][j] += part ? V(load_n)(c, tail) : V(load)(c);
+            if (part)
+                V(store_n)(c, acc[i][j], tail);
+            else
+                V(store)(c, acc[i][j]);
         }
     }
 }

@@ -26,7 +26,7 @@ struct fa_query_tile {
 struct fa_key_share {
     int64_t batch, head_k;
     int64_t first_tile, step;
-    void *dq; /* acc [(Hq / Hk) * Sq, padded D], zeroed and added to; NULL: dq is not wanted */
+    void *dq; /* sum dq here, acc [(Hq / Hk) * Sq, D in whole vectors]; NULL: in its own tensor */
 };
 
 /* The kernels of one instruction set for one dtype. Scratch is private to a thread. */
@@ -40,11 +40,12 @@ struct fa_cpu_kernels {
     size_t (*backward_scratch)(const struct fa_params *p);
     void (*backward_keys)(const struct fa_params *p, const struct fa_key_share *share,
                           void *scratch);
+    int dq_in_place; /* whether dq can be summed in its own tensor */
     size_t (*backward_dq)(const struct fa_params *p); /* bytes of one dq buffer */
-    /* Rows [begin, end) of a group's dq = scale * the sum of `count` buffers, one after the other;
-     * the first is overwritten. */
+    /* Rows [begin, end) of a group's dq = scale * the sum of `count` buffers, one after the other,
+     * and of what is in the tensor itself where that is possible. */
     void (*backward_store_dq)(const struct fa_params *p, int64_t batch, int64_t head_k,
-                              int64_t begin, int64_t end, void *buffers, int count);
+                              int64_t begin, int64_t end, const void *buffers, int count);
 };
 
 /* Kernels by enum fa_dtype; the avx512_bf16 file has bf16 ones alone. */

@@ -149,7 +149,8 @@ struct backward_plan {
     const struct fa_cpu_kernels *kernels;
     int64_t owners; /* groups of heads that no other task may share a mask gradient with */
     int64_t batches, heads_k; /* of one owner */
-    int64_t shares;           /* that the keys of a head are split into, each with its own dq */
+    int64_t shares;           /* that the keys of a head are split into */
+    int64_t buffers;          /* that they sum dq in; where possible one does so in its tensor */
     size_t scratch, dq;
     char *scratches, *dqs;
 };
@@ -170,6 +171,7 @@ static struct backward_plan plan_backward(const struct fa_params *p) {
     plan.shares = plan.owners >= 4 * threads ? 1 : threads / gcd(plan.owners, threads);
     plan.shares = dmask->data && dmask->stride_col == 0 ? 1 : fa_min(plan.shares, fa_max(1, tiles));
     plan.scratch = cache_lines(plan.kernels->backward_scratch(p));
+    plan.buffers = plan.shares - plan.kernels->dq_in_place;
     plan.dq = p->dq.data ? plan.kernels->backward_dq(p) : 0;
     plan.scratches = p->workspace;
     plan.dqs = plan.scratches + plan.scratch * (size_t)threads;
@@ -180,7 +182,7 @@ static struct backward_plan plan_backward(const struct fa_params *p) {
  */
 static size_t dq_buffers(const struct backward_plan *plan) {
     const struct fa_params *p = plan->p;
-    return (size_t)(plan->shares > 1 ? p->batch * p->heads_k * plan->shares : num_threads(p));
+    return (size_t)(plan->buffers * (plan->shares > 1 ? p->batch * p->heads_k : num_threads(p)));
 }
 
 size_t fa_cpu_backward_workspace(const struct fa_params *p) {
@@ -205,12 +207,15 @@ static void backward_task(const void *ctx, int64_t task, int slot) {
                 .step = plan->shares,
             };
             const int64_t group = keys.batch * p->heads_k + keys.head_k;
-            const int64_t buffer = plan->shares > 1 ? group * plan->shares + share : slot;
-            if (p->dq.data)
-                keys.dq = plan->dqs + plan->dq * (size_t)buffer;
+            const int64_t first = plan->buffers * (plan->shares > 1 ? group : slot);
+            const int64_t buffer = share - (plan->shares - plan->buffers);
+            char *dqs = plan->dqs + plan->dq * (size_t)first;
+            if (buffer >= 0)
+                keys.dq = dqs + plan->dq * (size_t)buffer;
             plan->kernels->backward_keys(p, &keys, plan->scratches + plan->scratch * (size_t)slot);
             if (p->dq.data && plan->shares == 1)
-                plan->kernels->backward_store_dq(p, keys.batch, keys.head_k, 0, rows, keys.dq, 1);
+                plan->kernels->backward_store_dq(p, keys.batch, keys.head_k, 0, rows, dqs,
+                                                 (int)plan->buffers);
         }
     }
 }
@@ -225,7 +230,7 @@ static void sum_dq_task(const void *ctx, int64_t task, int slot) {
     const int64_t group = task / blocks, begin = task % blocks * DQ_ROWS;
     plan->kernels->backward_store_dq(
         p, group / p->heads_k, group % p->heads_k, begin, fa_min(begin + DQ_ROWS, rows),
-        plan->dqs + plan->dq * (size_t)(group * plan->shares), (int)plan->shares);
+        plan->dqs + plan->dq * (size_t)(group * plan->buffers), (int)plan->buffers);
 }
 
 enum fa_status fa_cpu_backward(const struct fa_params *p) {

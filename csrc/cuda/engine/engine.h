@@ -17,6 +17,14 @@
 #include "../../flash_attention.h"
 #include "cuda_api.h"
 
+static inline int64_t div_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+static inline int max(int a, int b) {
+    return a > b ? a : b;
+}
+
 /* --- error.c --- */
 
 /* Leaves a message, formatted as by printf, for fa_cuda_last_error(); returns the status. */
@@ -64,8 +72,9 @@ _Static_assert(sizeof(struct fa_cuda_variant) == 26, "no padding: it is compared
 /* One launch of a call. */
 struct fa_cuda_step {
     struct fa_cuda_variant variant;
-    int blocks; /* thread blocks for each head */
-    int heads;  /* heads of queries, or of keys in the main kernel of the backward */
+    const char *not_sm90; /* why not its sibling for sm_90a; NULL: it is that, or has none */
+    int blocks;           /* thread blocks for each head */
+    int heads;            /* heads of queries, or of keys in the main kernel of the backward */
     unsigned shared_bytes;
 };
 enum { FA_CUDA_MAX_STEPS = 4 };
@@ -81,6 +90,12 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch);
 int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]);
 
+/* Whether some scores are hidden by the window. */
+int fa_cuda_has_window(const struct fa_params *p);
+
+/* Whether every row of every tensor but the mask starts at a multiple of 16 bytes. */
+int fa_cuda_is_aligned(const struct fa_params *p);
+
 /* A variant's file in csrc/cuda/kernels, its function there, and its macros as options of the
  * compiler, one after the other, each ending in a NUL, with an empty one last. */
 const char *fa_cuda_file(const struct fa_cuda_variant *v);
@@ -90,8 +105,11 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
 
 /* --- forward_sm90.c --- */
 
-/* Where that kernel takes the call, makes its step of that of FA_CUDA_FORWARD and returns 1. */
-int fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step);
+/* Why that kernel does not take a forward that passes fa_cuda_check; NULL: it does. */
+const char *fa_cuda_not_forward_sm90(const struct fa_params *p, int arch);
+
+/* Makes the step of a forward that it takes of that of FA_CUDA_FORWARD. */
+void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step);
 
 /* The second parameter of the kernel. */
 struct fa_cuda_maps {
@@ -100,8 +118,8 @@ struct fa_cuda_maps {
 enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
                                    struct fa_cuda_maps *maps);
 
-/* Of the workspace, for fa_kernel_params.counter. */
-size_t fa_cuda_counter_bytes(const struct fa_cuda_variant *v);
+/* Of the workspace of a forward, for fa_kernel_params.counter. */
+size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch);
 
 /* fa_kernel_params.group_heads */
 int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v);

@@ -3,14 +3,6 @@
 #include "../kernels/params.h"
 #include "engine.h"
 
-static int64_t div_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-static int max(int a, int b) {
-    return a > b ? a : b;
-}
-
 /* Tiles of block_m queries x block_n keys; a warpgroup for each 64 queries. A thread holds
  * Dv / 2 registers of O, block_n / 2 of S and block_n / 4 of P; it has 240 registers where two
  * warpgroups compute and 160 where three do. The first row that has room is taken. */
@@ -31,10 +23,14 @@ static int panels_bytes(int rows, int cols) {
     return (cols + 63) / 64 * rows * 128;
 }
 
+/* Of a mask that a variant names: 1 bool, 2 of dtype, 3 float32. */
+static int mask_elem_bytes(int mask) {
+    return mask == 3 ? 4 : mask;
+}
+
 /* MaskTile of kernels/mask_tile.cuh. */
 static int mask_bytes(const struct fa_cuda_variant *v) {
-    const int elem_bytes = v->mask == 3 ? 4 : v->mask;
-    const int panels = (v->block_n * elem_bytes + 127) / 128;
+    const int panels = (v->block_n * mask_elem_bytes(v->mask) + 127) / 128;
     return v->mask_tiles == 0 ? 16 : panels * (v->mask_tiles == 2 ? 1024 : v->block_m * 128);
 }
 
@@ -67,11 +63,6 @@ static int choose_tile(const struct fa_params *p, struct fa_cuda_variant *v) {
     return 0;
 }
 
-size_t fa_cuda_counter_bytes(const struct fa_cuda_variant *v) {
-    /* Without a window all pieces of work are of one size. */
-    return v->kernel == FA_CUDA_FORWARD_SM90 && v->window ? sizeof(struct fa_kernel_counter) : 0;
-}
-
 /* Strides of a tensor map are multiples of 16 bytes, below 2^40. */
 enum { MAPPED = 1 << 30 };
 
@@ -83,23 +74,39 @@ static int can_be_mapped(const struct fa_tensor *t, int64_t rows) {
 /* 0: the mask is read element by element; 1: in tiles; 2: in tiles of one row. */
 static int mask_tiles(const struct fa_params *p, int mask) {
     const int64_t stride[3] = {p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch};
-    const int64_t elem_bytes = mask == 3 ? 4 : mask;
     if (!mask || p->mask.stride_col != 1 || ((uintptr_t)p->mask.data & 15))
         return 0;
     for (int i = 0; i < 3; i++) {
-        if (stride[i] >= MAPPED || (stride[i] * elem_bytes & 15))
+        if (stride[i] >= MAPPED || (stride[i] * mask_elem_bytes(mask) & 15))
             return 0;
     }
     return p->mask.stride_row ? 1 : 2;
 }
 
-int fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
+const char *fa_cuda_not_forward_sm90(const struct fa_params *p, int arch) {
+    if (arch != 90)
+        return "forward_sm90.cu is for compute capability 9.0";
+    if (p->dtype != FA_BFLOAT16 && p->dtype != FA_FLOAT16)
+        return "forward_sm90.cu is for float16 and bfloat16";
+    if (p->seq_q == 0 || p->seq_k == 0)
+        return "forward_sm90.cu wants queries and keys";
+    if (!fa_cuda_is_aligned(p))
+        return "forward_sm90.cu wants rows that start at multiples of 16 bytes";
+    if (!can_be_mapped(&p->q, p->seq_q) || !can_be_mapped(&p->k, p->seq_k) ||
+        !can_be_mapped(&p->v, p->seq_k) || !can_be_mapped(&p->out, p->seq_q))
+        return "forward_sm90.cu wants strides below 2^30, and no row broadcast";
+    return NULL;
+}
+
+size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch) {
+    /* Without a window all pieces of work are of one size. */
+    return fa_cuda_has_window(p) && !fa_cuda_not_forward_sm90(p, arch)
+               ? sizeof(struct fa_kernel_counter)
+               : 0;
+}
+
+void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
     struct fa_cuda_variant *v = &step->variant;
-    if (v->arch != 90 || !v->aligned || (v->dtype != FA_BFLOAT16 && v->dtype != FA_FLOAT16) ||
-        p->seq_q == 0 || p->seq_k == 0 || !can_be_mapped(&p->q, p->seq_q) ||
-        !can_be_mapped(&p->k, p->seq_k) || !can_be_mapped(&p->v, p->seq_k) ||
-        !can_be_mapped(&p->out, p->seq_q))
-        return 0;
     v->kernel = FA_CUDA_FORWARD_SM90;
     v->stages = STAGES;
     v->mask_tiles = (uint16_t)mask_tiles(p, v->mask);
@@ -111,7 +118,6 @@ int fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
     v->ping_pong = max(v->head_dim, v->head_dim_v) <= 128 || v->window;
     step->blocks = (int)div_up(p->seq_q, v->block_m);
     step->shared_bytes = (unsigned)shared_bytes(v);
-    return 1;
 }
 
 /* Heads whose keys and values fit into the L2 cache together, with room for what passes by. */
@@ -154,7 +160,7 @@ static CUresult encode_mask(CUtensorMap *map, const struct fa_params *p,
                      : p->mask.dtype == FA_FLOAT32  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                      : p->mask.dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    const int elem_bytes = v->mask == 3 ? 4 : v->mask;
+    const int elem_bytes = mask_elem_bytes(v->mask);
     return encode(map, type, elem_bytes, (void *)p->mask.data,
                   (int64_t[]){p->seq_k, p->seq_q, p->heads_q, p->batch},
                   (int64_t[]){p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch},

@@ -9,14 +9,19 @@
 #include "../kernels/params.h"
 #include "engine.h"
 
-enum fa_status fa_cuda_supports(const struct fa_params *p) {
-    int arch, major, minor;
-    enum fa_status status = fa_cuda_arch(p->device, &arch);
+static enum fa_status supports(const struct fa_params *p, int *arch) {
+    int major, minor;
+    enum fa_status status = fa_cuda_arch(p->device, arch);
     if (!status)
-        status = fa_cuda_check(p, arch);
+        status = fa_cuda_check(p, *arch);
     if (!status && !fa_cuda_compiler(&major, &minor))
         status = FA_UNSUPPORTED;
     return status;
+}
+
+enum fa_status fa_cuda_supports(const struct fa_params *p) {
+    int arch;
+    return supports(p, &arch);
 }
 
 static struct fa_kernel_tensor tensor(const struct fa_tensor *t) {
@@ -74,28 +79,25 @@ static uint64_t launch_number(void) {
 
 /* A block on each SM, which takes one piece of work after the other. */
 static enum fa_status launch_sm90(const struct fa_params *p, const struct fa_cuda_step *s,
-                                  CUkernel function, struct fa_kernel_params *k) {
+                                  CUkernel function, int sm_count, struct fa_kernel_params *k) {
     struct fa_cuda_maps maps;
-    int grid;
     enum fa_status status = fa_cuda_encode_maps(p, &s->variant, &maps);
-    if (!status)
-        status = fa_cuda_sm_count(p->device, &grid);
     if (status)
         return status;
     const int pieces = s->blocks * s->heads * k->batch;
     k->group_heads = fa_cuda_group_heads(p, &s->variant);
-    if (fa_cuda_counter_bytes(&s->variant)) {
+    if (fa_cuda_counter_bytes(p, s->variant.arch)) {
         k->counter = p->workspace;
         k->launch = launch_number();
     }
     CUresult error = fa_cuda_driver()->cuLaunchKernel(
-        function, (unsigned)(pieces < grid ? pieces : grid), 1, 1, s->variant.threads, 1, 1,
+        function, (unsigned)(pieces < sm_count ? pieces : sm_count), 1, 1, s->variant.threads, 1, 1,
         s->shared_bytes, p->stream, (void *[]){k, &maps}, NULL);
     return error ? fa_cuda_driver_error(fa_cuda_entry(&s->variant), error) : FA_OK;
 }
 
 static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_step *steps, int count,
-                             struct fa_kernel_params *k) {
+                             int sm_count, struct fa_kernel_params *k) {
     const struct fa_cuda_driver *cuda = fa_cuda_driver();
     for (int i = 0; i < count; i++) {
         const struct fa_cuda_step *s = &steps[i];
@@ -105,7 +107,7 @@ static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_ste
             return status;
         k->blocks = s->blocks;
         if (s->variant.kernel == FA_CUDA_FORWARD_SM90) {
-            status = launch_sm90(p, s, function, k);
+            status = launch_sm90(p, s, function, sm_count, k);
             if (status)
                 return status;
             continue;
@@ -121,9 +123,7 @@ static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_ste
 
 static enum fa_status run(const struct fa_params *p, struct fa_kernel_params *k) {
     int arch, sm_count, pushed;
-    enum fa_status status = fa_cuda_supports(p);
-    if (!status)
-        status = fa_cuda_arch(p->device, &arch);
+    enum fa_status status = supports(p, &arch);
     if (!status)
         status = fa_cuda_sm_count(p->device, &sm_count);
     if (!status)
@@ -132,18 +132,16 @@ static enum fa_status run(const struct fa_params *p, struct fa_kernel_params *k)
         return status;
     struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
     const int count = fa_cuda_plan(p, arch, sm_count, steps);
-    status = launch(p, steps, count, k);
+    status = launch(p, steps, count, sm_count, k);
     fa_cuda_leave(pushed);
     return status;
 }
 
 size_t fa_cuda_forward_workspace(const struct fa_params *p) {
-    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
     int arch;
-    if (fa_cuda_arch(p->device, &arch) || fa_cuda_check(p, arch))
+    if (fa_cuda_arch(p->device, &arch))
         return 0; /* as the forward will tell */
-    fa_cuda_plan(p, arch, 0, steps);
-    return fa_cuda_counter_bytes(&steps[0].variant);
+    return fa_cuda_counter_bytes(p, arch);
 }
 
 enum fa_status fa_cuda_forward(const struct fa_params *p) {
@@ -155,7 +153,7 @@ enum fa_status fa_cuda_forward(const struct fa_params *p) {
 
 /* The workspace: row_stats, then, where blocks add it up, the sum of dq (kernels/workspace.cuh). */
 static size_t round_up(int64_t n, int64_t multiple) {
-    return (size_t)((n + multiple - 1) / multiple * multiple);
+    return (size_t)(div_up(n, multiple) * multiple);
 }
 
 static size_t stats_bytes(const struct fa_params *p) {
@@ -188,8 +186,7 @@ enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
     enum fa_status status = fa_cuda_check(p, arch);
     if (status)
         return status;
-    /* As for a device with fewer multiprocessors than the call has blocks, and for one with more.
-     */
+    /* As for a device with fewer multiprocessors than the call has blocks, and one with more. */
     struct fa_cuda_step steps[2 * FA_CUDA_MAX_STEPS];
     const int fewer = fa_cuda_plan(p, arch, 0, steps);
     const int count = fewer + fa_cuda_plan(p, arch, INT_MAX, steps + fewer);
@@ -213,5 +210,18 @@ enum fa_status fa_cuda_compile(const struct fa_params *p, int arch,
                    });
         free(code.data);
     }
+    return FA_OK;
+}
+
+enum fa_status fa_cuda_choice(const struct fa_params *p, int arch,
+                              void (*visit)(void *ctx, const char *file, const char *not_sm90),
+                              void *ctx) {
+    enum fa_status status = fa_cuda_check(p, arch);
+    if (status)
+        return status;
+    struct fa_cuda_step steps[FA_CUDA_MAX_STEPS];
+    const int count = fa_cuda_plan(p, arch, 0, steps);
+    for (int i = 0; i < count; i++)
+        visit(ctx, fa_cuda_file(&steps[i].variant), steps[i].not_sm90);
     return FA_OK;
 }

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "../../check.h"
 #include "../kernels/params.h"
 #include "engine.h"
 
@@ -115,14 +116,6 @@ static int round_up_16(int n) {
     return (n + 15) / 16 * 16;
 }
 
-static int64_t div_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-static int max(int a, int b) {
-    return a > b ? a : b;
-}
-
 /* Bytes of `rows` rows in shared memory: Tile<rows, cols> of kernels/tile.cuh. */
 static int tile_bytes(const struct tile *t, int rows, int cols) {
     return rows * (round_up_16(cols) * (t->operand == HALF ? 2 : 4) + 16);
@@ -195,6 +188,10 @@ static int is_backward(const struct fa_params *p) {
     return p->dout.data != NULL;
 }
 
+int fa_cuda_has_window(const struct fa_params *p) {
+    return p->window_left >= 0 || p->window_right >= 0;
+}
+
 /* Whether several scores have the same element of the mask's gradient. */
 static int mask_grad_broadcasts(const struct fa_params *p) {
     const struct fa_mask_grad *m = &p->dmask;
@@ -212,19 +209,8 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
 #define REQUIRE(CONDITION, STATUS, ...)                                                            \
     if (!(CONDITION))                                                                              \
         return fa_cuda_fail(STATUS, __VA_ARGS__);
-    REQUIRE(p->dtype == FA_FLOAT32 || p->dtype == FA_FLOAT64 || p->dtype == FA_BFLOAT16 ||
-                p->dtype == FA_FLOAT16,
-            FA_INVALID, "dtype: must be float32, float64, bfloat16 or float16")
-    REQUIRE(p->batch >= 0 && p->heads_q >= 0 && p->heads_k >= 0 && p->seq_q >= 0 && p->seq_k >= 0,
-            FA_INVALID, "batch, heads and seq: must not be negative")
-    REQUIRE(p->heads_k ? p->heads_q % p->heads_k == 0 : p->heads_q == 0, FA_INVALID,
-            "heads_q: must be a multiple of heads_k")
-    REQUIRE(p->dropout_p >= 0 && p->dropout_p <= 1, FA_INVALID, "dropout_p: must be in [0, 1]")
-    REQUIRE(p->dropout_p == 0 || p->rng_state, FA_INVALID, "rng_state: needed for dropout")
-    REQUIRE(!p->mask.data || p->mask.dtype == FA_BOOL || p->mask.dtype == FA_FLOAT32 ||
-                p->mask.dtype == p->dtype,
-            FA_INVALID, "mask: must be bool, float32 or of the dtype of q")
-
+    const char *invalid = fa_check(p);
+    REQUIRE(!invalid, FA_INVALID, "%s", invalid)
     REQUIRE(arch >= 80, FA_UNSUPPORTED, "the kernels need compute capability 8.0, this is %d.%d",
             arch / 10, arch % 10)
     REQUIRE(p->dtype != FA_FLOAT64 && (p->dtype != FA_FLOAT32 || !is_backward(p)), FA_UNSUPPORTED,
@@ -274,7 +260,7 @@ static int is_aligned(const struct fa_params *p, const struct fa_tensor *t, int6
     return (((uintptr_t)t->data | bits * element_bytes(p->dtype)) & 15) == 0;
 }
 
-static int all_aligned(const struct fa_params *p) {
+int fa_cuda_is_aligned(const struct fa_params *p) {
     const struct fa_tensor *of_queries[] = {&p->q, &p->out, &p->dout, &p->dq};
     const struct fa_tensor *of_keys[] = {&p->k, &p->v, &p->dk, &p->dv};
     for (int i = 0; i < 4; i++) {
@@ -290,7 +276,7 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
     struct fa_cuda_step s = {
         .variant = {.kernel = (uint8_t)kernel,
                     .dtype = (uint8_t)p->dtype,
-                    .aligned = (uint8_t)all_aligned(p),
+                    .aligned = (uint8_t)fa_cuda_is_aligned(p),
                     .head_dim = (uint16_t)p->head_dim,
                     .head_dim_v = (uint16_t)p->head_dim_v,
                     .block_m = (uint16_t)t->block_m,
@@ -305,7 +291,7 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
     if (kernel != FA_CUDA_PREPARE && kernel != FA_CUDA_CONVERT) {
         s.variant.tf32 = p->dtype == FA_FLOAT32 && p->allow_tf32;
         s.variant.mask = (uint8_t)mask_kind(p);
-        s.variant.window = p->window_left >= 0 || p->window_right >= 0;
+        s.variant.window = (uint8_t)fa_cuda_has_window(p);
         s.variant.dropout = p->dropout_p > 0;
     }
     if (kernel == FA_CUDA_BACKWARD) {
@@ -325,8 +311,11 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
     int count = 0;
     if (!is_backward(p)) {
-        steps[count] = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        fa_cuda_forward_sm90(p, &steps[count++]);
+        struct fa_cuda_step *forward = &steps[count++];
+        *forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
+        forward->not_sm90 = fa_cuda_not_forward_sm90(p, arch);
+        if (!forward->not_sm90)
+            fa_cuda_forward_sm90(p, forward);
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);

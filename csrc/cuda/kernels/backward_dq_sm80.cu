@@ -3,7 +3,7 @@
  * their order, BLOCK_N at a time: nothing is added atomically, at the price of computing S and dP
  * twice.
  *
- * Compiled with the macros of forward_sm80.cu and STAGES (tiles of K and of V in shared memory). */
+ * Compiled with the macros of forward_sm80.cu. */
 #include "score_gradients.cuh"
 #include "workspace.cuh"
 
@@ -37,16 +37,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const auto stage_address = [&](int key) {
         return dO.address + OTile::BYTES + key / BLOCK_N % STAGES * (KTile::BYTES + VTile::BYTES);
     };
-    const auto load =
-        [&](int key) { /* if there is one */
-                       if (key < end) {
-                           const KTile K{stage_address(key)};
-                           const VTile V{K.address + KTile::BYTES};
-                           K.load(row_of(p.k, b, hk, key), p.k.stride_row, p.seq_k - key);
-                           V.load(row_of(p.v, b, hk, key), p.v.stride_row, p.seq_k - key);
-                       }
-                       cp_async_commit();
-        };
+    /* Where there is no such tile, nothing is loaded. */
+    const auto load = [&](int key) {
+        if (key < end) {
+            const KTile K{stage_address(key)};
+            const VTile V{K.address + KTile::BYTES};
+            K.load(row_of(p.k, b, hk, key), p.k.stride_row, p.seq_k - key);
+            V.load(row_of(p.v, b, hk, key), p.v.stride_row, p.seq_k - key);
+        }
+        cp_async_commit();
+    };
 
     Q.load(row_of(p.q, b, h, first_query), p.q.stride_row, p.seq_q - first_query);
     dO.load(row_of(p.dout, b, h, first_query), p.dout.stride_row, p.seq_q - first_query);

@@ -88,8 +88,7 @@ static __device__ __forceinline__ void put_mask_gradient(const Tile<KEYS, QUERIE
                                                          int i, int j) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const bool aligned = is_aligned(p.dmask, 4, FA_MASK_GRAD == 1 ? sizeof(float) : sizeof(elem));
-    /* Keys are dealt to the rows of the matrices so that a thread gets 4 neighbours of one query.
-     */
+    /* Keys are dealt to the rows of the matrices so that a thread gets 4 neighbours of a query. */
     const int key = lane / 16 * 16 + lane % 8 / 2 * 4 + lane / 8 % 2 * 2 + lane % 2;
 #pragma unroll 2
     for (int piece = warp; piece < QUERIES / 8 * (KEYS / 32); piece += THREADS / 32) {

@@ -14,12 +14,13 @@
  * finds those of the other warps in shared memory after the barrier. The sum of dQ over the keys of
  * all blocks is made in global memory, in float.
  *
- * Compiled with the macros of forward_sm80.cu, STAGES (tiles of Q and of dO in shared memory: 2
- * where there is room) and FA_MASK_GRAD (0 none, 1 added atomically because the mask broadcasts, 2
- * stored as floats, 3 stored in the dtype of q, with zeros where the window hides it). */
+ * Compiled with the macros of forward_sm80.cu and FA_MASK_GRAD (0 none, 1 added atomically because
+ * the mask broadcasts, 2 stored as floats, 3 stored in the dtype of q, with zeros where the window
+ * hides it). */
+#include "accumulators.cuh"
 #include "backward_mask_tile.cuh"
+#include "ptx/mbarrier.cuh"
 #include "scores.cuh"
-#include "split_barrier.cuh"
 #include "tile.cuh"
 #include "workspace.cuh"
 
@@ -59,16 +60,14 @@ constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M * sizeof(float2);
 constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, MASK_OFFSET = P_OFFSET + 2 * PTile::BYTES;
 constexpr bool HAS_MASK_TILE = FA_MASK == 2;
 constexpr int STAGES_OFFSET = MASK_OFFSET + (HAS_MASK_TILE ? MaskTile::BYTES : 0);
-/* Part of the next tile of queries is asked for late, and waited for after dQ rather than before.
- */
+/* Part of the next tile of queries is asked for late, and waited for after dQ, not before. */
 constexpr bool LANDS_LATE = STAGES == 1 || HAS_MASK_TILE;
-/* The mask's gradient comes from dS in shared memory, rounded as dS is for dK; or from registers.
- */
+/* The mask's gradient is dS in shared memory, rounded as it is for dK; or that in registers. */
 constexpr bool MASK_GRAD_OF_TILE = FA_MASK_GRAD == 3 || (FA_MASK_GRAD == 1 && HAS_MASK_TILE);
 constexpr bool MASK_GRAD_OF_SCORES = FA_MASK_GRAD != 0 && !MASK_GRAD_OF_TILE;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
-__shared__ unsigned long long shared_barriers[3];
+__shared__ mbarrier shared_barriers[3];
 
 /* Columns of a product, in pairs of 8, divided among SHARES warps; the last may have less. */
 template <int COLS, int SHARES> struct Columns {
@@ -114,13 +113,7 @@ static __device__ __forceinline__ void multiply_columns(Scores &C, const A &a_ti
 template <class A, class B>
 static __device__ __forceinline__ void multiply_rows(Scores &C, const A &a_tile, int first_row,
                                                      const B &b_tile, int first_col) {
-#pragma unroll
-    for (int k = 0; k < KEY_TILES; k++)
-#pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-            for (int x = 0; x < 4; x++)
-                C[k][m][x] = 0;
+    set_to_zero(C);
     multiply_columns(C, a_tile, first_row, b_tile, first_col, 0);
 #pragma unroll UNROLL
     for (int d = 16; d < A::WIDTH; d += 16)
@@ -413,15 +406,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const PTile shared_P{K.address + P_OFFSET}, shared_dS{shared_P.address + PTile::BYTES};
 
     const QueryTiles queries(p, hk, first_key);
-    const auto load = [&](int stage, QueryTile tile) { /* if there is one */
-                                                       if (queries.has(tile))
-                                                           load_queries(K.address + STAGES_OFFSET +
-                                                                            stage * STAGE_BYTES,
-                                                                        p, b, tile);
-                                                       cp_async_commit();
-    };
-
     const MaskTile mask{K.address + MASK_OFFSET};
+    /* Where there is no such tile, nothing is loaded. */
+    const auto load = [&](int stage, QueryTile tile) {
+        if (queries.has(tile))
+            load_queries(K.address + STAGES_OFFSET + stage * STAGE_BYTES, p, b, tile);
+        cp_async_commit();
+    };
     const auto load_mask_of = [&](QueryTile tile) {
         if (HAS_MASK_TILE && queries.has(tile))
             load_mask(mask, p, b, tile.h, tile.i, first_key);
@@ -439,19 +430,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (FA_MASK_GRAD == 3 && FA_WINDOW)
         queries.clear_hidden(p, b, hk, first_key);
 
-    /* Of each tile: it is there; P and dS of all warps are; nobody needs them any more. Split, so
-     * that warps get out of step: some multiply while others are at their exponentials. */
-    const SplitBarrier landed{shared_address(shared_barriers)};
-    const SplitBarrier shared{landed.address + 8}, finished{landed.address + 16};
+    /* Of each tile: it is there; P and dS of all warps are; nobody needs them any more. All threads
+     * arrive, and wait later, so that warps get out of step: some multiply while others are at
+     * their exponentials. (One arrival for a warp is no faster, and compute-sanitizer would see
+     * races.) */
+    const mbarrier_ref landed(shared_barriers);
+    const mbarrier_ref put(landed.address + 8), finished(landed.address + 16);
     if (threadIdx.x == 0) {
-        landed.init();
-        shared.init();
-        finished.init();
+        mbarrier_init(landed, THREADS);
+        mbarrier_init(put, THREADS);
+        mbarrier_init(finished, THREADS);
     }
     cp_async_wait<0>();
     __syncthreads();
-    finished.arrive();
-    landed.arrive();
+    mbarrier_arrive(finished);
+    mbarrier_arrive(landed);
 
     unsigned phase = 0;
     for (int stage = 0; queries.has(tile); stage = STAGES - 1 - stage, phase ^= 1) {
@@ -460,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int offset = STAGES_OFFSET + stage * STAGE_BYTES;
         const QTile Q{K.address + offset};
         const OTile dO{Q.address + DO_OFFSET};
-        landed.wait(phase);
+        mbarrier_wait(landed, phase);
 
         const int lane = threadIdx.x % 32;
         const int g = lane / 4, t = lane % 4;
@@ -470,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         multiply_rows(P, K, warp_key, Q, warp_query);
         exponentiate(P, p, stats, mask, warp_query, warp_key, b, h, query + warp_query,
                      first_key + warp_key, g, t);
-        finished.wait(phase); /* all warps, with the tile before this one */
+        mbarrier_wait(finished, phase); /* all warps, with the tile before this one */
         if (STAGES == 2)
             load(1 - stage, tile);
         to_operand<true>(operand, P, p);
@@ -481,9 +474,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         differentiate(dS, P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
         to_operand<false>(operand, dS, p);
         put_operand(shared_dS, operand, warp_key, warp_query, g, t);
-        shared.arrive();
+        mbarrier_arrive(put);
         multiply_own(dK, operand, Q, warp_query, dk_columns);
-        shared.wait(phase); /* and nobody reads the mask any more */
+        mbarrier_wait(put, phase); /* and nobody reads the mask any more */
         load_mask_of(tile);
         multiply_others(dV, shared_P, warp_key, dO, warp_query, dv_columns);
         multiply_others(dK, shared_dS, warp_key, Q, warp_query, dk_columns);
@@ -493,7 +486,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         if (!LANDS_LATE) {
             cp_async_wait<0>();
-            landed.arrive();
+            mbarrier_arrive(landed);
         }
         if (MASK_GRAD_OF_TILE)
             put_mask_gradient(shared_dS, p, b, h, query, first_key);
@@ -501,9 +494,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             add_dq(p, shared_dS, K, b, h, query, warp);
         if (LANDS_LATE) {
             cp_async_wait<0>();
-            landed.arrive();
+            mbarrier_arrive(landed);
         }
-        finished.arrive();
+        mbarrier_arrive(finished);
     }
     __syncthreads(); /* nobody reads K and V any more: dK and dV take their places */
 

@@ -8,8 +8,10 @@
  * is on its way.
  *
  * Compiled with: FA_DTYPE_BF16, FA_DTYPE_FP16 or FA_DTYPE_FP32, FA_TF32 (of floats: one product in
- * TF32, not three), HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, THREADS, STAGES, FA_ALIGNED, FA_MASK (0
- * none, 1 bool, 2 dtype of q, 3 float), FA_WINDOW, FA_DROPOUT. */
+ * TF32, not three), HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, THREADS, STAGES (1 or 2 tiles of what
+ * passes by are in shared memory), FA_ALIGNED, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float),
+ * FA_WINDOW, FA_DROPOUT. */
+#include "accumulators.cuh"
 #include "operand.cuh"
 #include "scores.cuh"
 #include "softmax.cuh"
@@ -53,13 +55,7 @@ static __device__ __forceinline__ void load_queries(Operand (&a)[WARP_TILES], co
 static __device__ __forceinline__ void
 multiply_scores(float (&S)[WARP_TILES][KEY_TILES][4], const QTile &Q, int first_row,
                 const Operand (&kept)[KEEP_Q ? DEPTH_STEPS : 1][WARP_TILES], const KTile &K) {
-#pragma unroll
-    for (int w = 0; w < WARP_TILES; w++)
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (int x = 0; x < 4; x++)
-                S[w][n][x] = 0;
+    set_to_zero(S);
 #pragma unroll(UNROLL)
     for (int step = 0; step < DEPTH_STEPS; step++) {
         Operand loaded[WARP_TILES];

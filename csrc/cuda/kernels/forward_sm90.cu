@@ -12,6 +12,7 @@
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, STAGES (of
  * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_MASK_TILES,
  * FA_WINDOW, FA_DROPOUT. */
+#include "accumulators.cuh"
 #include "dispenser.cuh"
 #include "mask_tile.cuh"
 #include "panels.cuh"
@@ -232,11 +233,7 @@ static __device__ __forceinline__ void multiply_values(Output &O, const Probabil
 static __device__ __forceinline__ void recompute_scores(Scores &S, QTile Q, KTile K,
                                                         int first_row) {
     const int lane = lane_anew();
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-        for (int x = 0; x < 4; x++)
-            S[n][x] = 0;
+    set_to_zero(S);
 #pragma unroll 1
     for (int d = 0; d < DEPTH; d += 16) {
         unsigned a[4], b[4];
@@ -525,11 +522,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         Probabilities P;
         Output O;
         Rows rows;
-#pragma unroll
-        for (int d = 0; d < OUT_TILES; d++)
-#pragma unroll
-            for (int x = 0; x < 4; x++)
-                O[d][x] = 0;
+        set_to_zero(O);
 
         for (int tile = work.tiles.end; tile > own.end; tile--)
             pass_by();

@@ -2,6 +2,7 @@
  * again. */
 #pragma once
 
+#include "accumulators.cuh"
 #include "scores.cuh"
 #include "tile.cuh"
 
@@ -9,11 +10,7 @@
 template <int TILES, class A, class B>
 static __device__ __forceinline__ void multiply_rows(float (&C)[TILES][4], const A &a_tile,
                                                      int first_row, const B &b_tile) {
-#pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int x = 0; x < 4; x++)
-            C[n][x] = 0;
+    set_to_zero(C);
 #pragma unroll 4 /* of more, the compiler loads more ahead than it has registers for */
     for (int d = 0; d < A::WIDTH; d += 16) {
         unsigned a[4];

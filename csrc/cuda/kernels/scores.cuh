@@ -1,6 +1,5 @@
 /* What happens to a score between Q K^T and the softmax, and to a probability after it. A thread
- * has scores in accumulators of mma_16x8x16: it names them by row and by the first of two columns.
- */
+ * has scores in accumulators of mma_16x8x16, named by row and by the first of two columns. */
 #pragma once
 
 #include "elem.cuh"
