@@ -42,7 +42,6 @@ static struct fiber *ready[MAX_THREADS]; /* a ring */
 static unsigned ready_first, ready_count;
 static unsigned spins; /* times that somebody looked in vain, since something happened */
 static jmp_buf launcher;
-static ucontext_t starter;
 static const struct emu_kernel *kernel;
 static void **parameters;
 static char report[REPORT];
@@ -343,7 +342,7 @@ static void prepare_fiber(struct fiber *f) {
     getcontext(&f->start);
     f->start.uc_stack.ss_sp = f->stack;
     f->start.uc_stack.ss_size = STACK;
-    f->start.uc_link = &starter;
+    f->start.uc_link = NULL; /* nobody comes back: fiber_main runs the next */
     makecontext(&f->start, fiber_main, 0);
     make_ready(f);
 }

@@ -154,7 +154,7 @@ static inline void emu_call(void (*kernel)(Parameters...), void **parameters) {
 
 /* What driver.c appends to the source for each kernel; struct emu_kernel of inside.h. */
 #define EMU_SHARED_MEMORY                                                                          \
-    __shared__ __align__(1024) unsigned char shared_memory[227 << 10];                             \
+    __shared__ __align__(1024) unsigned char shared_memory[EMU_MAX_DYNAMIC];                       \
     extern "C" unsigned char __start_shared[], __stop_shared[];
 #define EMU_KERNEL(NAME)                                                                           \
     static void NAME##_call(void **parameters) {                                                   \

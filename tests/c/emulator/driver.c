@@ -269,7 +269,7 @@ int cuLaunchKernel(CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned g
     static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
     (void)stream, (void)extra;
     if (grid_x == 0 || grid_y != 1 || grid_z != 1 || block_x == 0 || block_x % LANES ||
-        block_x > MAX_THREADS || block_y != 1 || block_z != 1)
+        block_x > MAX_THREADS || block_y != 1 || block_z != 1 || shared_bytes > EMU_MAX_DYNAMIC)
         return WRONG;
     pthread_mutex_lock(&mutex);
     const char *what =

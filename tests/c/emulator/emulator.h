@@ -53,6 +53,7 @@ int emu_mbarrier_try_wait(unsigned address, unsigned phase);
 
 /* --- shared.c: addresses in shared memory are offsets, as in `shared_address` --- */
 
+enum { EMU_MAX_DYNAMIC = 227 << 10 }; /* bytes, of which the block gets the first */
 unsigned emu_shared_address(const void *p);
 void emu_load_shared(void *to, unsigned address, unsigned bytes);
 void emu_store_shared(unsigned address, const void *from, unsigned bytes);

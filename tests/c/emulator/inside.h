@@ -7,7 +7,7 @@
 /* Of a kernel in a loaded library, see cuda.h. */
 struct emu_kernel {
     void (*call)(void **parameters);                    /* as one thread */
-    unsigned char *shared_begin, *shared_end, *dynamic; /* shared memory; `dynamic` up to its end */
+    unsigned char *shared_begin, *shared_end, *dynamic; /* shared memory; EMU_MAX_DYNAMIC of it */
 };
 
 /* --- block.c --- */

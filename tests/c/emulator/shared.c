@@ -10,7 +10,7 @@
 enum { POISON = 0xFF, CHUNK = 16, WORD = 4, LIMIT = 256 << 10 };
 
 static const struct emu_kernel *kernel;
-static unsigned end; /* of what the block has */
+static unsigned gap_begin, gap_end; /* dynamic shared memory that the block does not have */
 
 /* --- access --- */
 
@@ -26,8 +26,12 @@ unsigned emu_shared_address(const void *p) {
 }
 
 void *emu_shared_at(unsigned address, unsigned bytes, unsigned alignment) {
-    if (address >= end || bytes > end - address)
-        emu_fail("%u bytes at %u in shared memory, which ends at %u", bytes, address, end);
+    const unsigned end = (unsigned)(kernel->shared_end - kernel->shared_begin);
+    if (address >= end || bytes > end - address ||
+        (address + bytes > gap_begin && address < gap_end))
+        emu_fail("%u bytes at %u in shared memory, where the block has none: %u is the end of what "
+                 "is dynamic",
+                 bytes, address, gap_begin);
     if (address % alignment)
         emu_fail("%u in shared memory is not a multiple of %u", address, alignment);
     return kernel->shared_begin + address;
@@ -312,7 +316,8 @@ void emu_bulk_wait(unsigned pending) {
 
 void emu_shared_begin(const struct emu_kernel *kernel_, unsigned dynamic_bytes) {
     kernel = kernel_;
-    end = (unsigned)(kernel->dynamic - kernel->shared_begin) + dynamic_bytes;
+    gap_begin = (unsigned)(kernel->dynamic - kernel->shared_begin) + dynamic_bytes;
+    gap_end = gap_begin - dynamic_bytes + EMU_MAX_DYNAMIC;
     memset(kernel->shared_begin, POISON, (size_t)(kernel->shared_end - kernel->shared_begin));
     memset(writes, 0, sizeof writes);
     memset(fences, 0, sizeof fences);
@@ -331,8 +336,9 @@ void emu_shared_end(void) {
                 emu_fail("the block has ended while the copy engine, told by thread %u, still had "
                          "to %s %u bytes at %u in shared memory",
                          c->thread, c->kind == LOAD ? "load" : "store", c->bytes, c->address);
-    for (const unsigned char *p = kernel->shared_begin + end; p < kernel->shared_end; p++)
-        if (*p != POISON)
-            emu_fail("the block has written to %u in shared memory, which ends at %u",
-                     emu_shared_address(p), end);
+    for (unsigned address = gap_begin; address < gap_end; address++)
+        if (kernel->shared_begin[address] != POISON)
+            emu_fail("the block has written to %u in shared memory, past %u, where what is dynamic "
+                     "ends",
+                     address, gap_begin);
 }
