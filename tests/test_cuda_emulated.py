@@ -30,16 +30,22 @@ def one_thread(threads):
     threads(1)
 
 
-def name_of(description) -> str:
-    dtype, features, head_dim, (seq_q, seq_k), layout = description
+# To compile them takes most of the time: of bfloat16, half of what float16 runs will do.
+CASES = [
+    (case, ARCHS[i % len(ARCHS)])
+    for i, case in enumerate(sanitize.CASES)
+    if case[0] != torch.bfloat16 or i % 2
+]
+
+
+def name_of(value) -> str:
+    if isinstance(value, int):
+        return f"sm_{value}"
+    dtype, features, head_dim, (seq_q, seq_k), layout = value
     return f"{features}-{dtype}-{head_dim}-{seq_q}-{seq_k}-{layout.__name__}"
 
 
-@pytest.mark.parametrize(
-    "description,arch",
-    [(case, ARCHS[i % len(ARCHS)]) for i, case in enumerate(sanitize.CASES)],
-    ids=[name_of(case) for case in sanitize.CASES],
-)
+@pytest.mark.parametrize("description,arch", CASES, ids=name_of)
 def test_accurate(description, arch, seed):
     """What `make sanitize` runs on a GPU; see there."""
     case = sanitize.draw(*description, device="cpu")
