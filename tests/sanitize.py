@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from helpers import (
     FEATURES,
+    Case,
     assert_accurate,
     contiguous,
     forward_backward,
@@ -45,24 +46,39 @@ LENGTHS = [(70, 90), (1, 130), (130, 65), (129, 3), (200, 200)]
 LAYOUTS = [contiguous, permuted, packed, unaligned]
 
 
-def cases():
-    sizes = zip(
+CASES = [
+    (dtype, features, head_dim, lengths, layout)
+    for (dtype, features), head_dim, lengths, layout in zip(
         itertools.product(DTYPES, COMBINATIONS),
         itertools.cycle(HEAD_DIMS),
         itertools.cycle(LENGTHS),
         itertools.cycle(LAYOUTS),
     )
-    for (dtype, features), head_dim, (seq_q, seq_k), layout in sizes:
-        case = make_case(
-            features, dtype=dtype, device="cuda", batch=2, heads=4, seq_q=seq_q, seq_k=seq_k,
-            head_dim=head_dim,
-        )  # fmt: skip
-        case.q, case.k, case.v = (layout(x) for x in (case.q, case.k, case.v))
-        yield case
+]
+
+
+def draw(dtype, features, head_dim, lengths, layout, device="cuda") -> Case:
+    """A case as CASES describes it."""
+    seq_q, seq_k = lengths
+    case = make_case(
+        features, dtype=dtype, device=device, batch=2, heads=4, seq_q=seq_q, seq_k=seq_k,
+        head_dim=head_dim,
+    )  # fmt: skip
+    case.q, case.k, case.v = (layout(x) for x in (case.q, case.k, case.v))
+    return case
+
+
+def all_kernels() -> set[str]:
+    """The names of the kernels, from their sources."""
+    sources = "".join(path.read_text() for path in KERNELS.glob("*.cu"))
+    names = set(re.findall(r"\b(fa_\w+)\(const __grid_constant__", sources))
+    assert names, "no kernel was found in the sources"
+    return names
 
 
 def run() -> None:
-    for i, case in enumerate(tqdm(list(cases()), unit="case")):
+    for i, description in enumerate(tqdm(CASES, unit="case")):
+        case = draw(*description)
         torch.use_deterministic_algorithms(i % 5 == 4, warn_only=True)
         attention = case.bind(kernel_attention)
         grad_out = torch.randn_like(attention(*case.inputs))
@@ -72,18 +88,15 @@ def run() -> None:
 
 
 def check() -> None:
-    for case in tqdm(list(cases()), unit="case"):
-        assert_accurate(case)
+    for description in tqdm(CASES, unit="case"):
+        assert_accurate(draw(*description))
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
     ran = {event.name for event in profile.events()}
-    sources = "".join(path.read_text() for path in KERNELS.glob("*.cu"))
-    all_kernels = set(re.findall(r"\b(fa_\w+)\(const __grid_constant__", sources))
-    assert all_kernels, "no kernel was found in the sources"
-    missing = all_kernels - ran
+    missing = all_kernels() - ran
     assert not missing, f"never run: {missing}"
-    print(f"accurate, and all were run: {', '.join(sorted(all_kernels))}")
+    print(f"accurate, and all were run: {', '.join(sorted(all_kernels()))}")
 
 
 def main() -> None:

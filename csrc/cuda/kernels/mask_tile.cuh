@@ -40,17 +40,18 @@ struct MaskTile {
     /* What is added to the scores. */
     static __device__ __forceinline__ void values(unsigned at, float (&value)[2]) {
 #if FA_MASK == 1
-        unsigned short pair;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(pair) : "r"(at));
+        const unsigned short pair = load_shared_u16(at);
         value[0] = pair & 0xff ? 0 : NEGATIVE_INFINITY;
         value[1] = pair >> 8 ? 0 : NEGATIVE_INFINITY;
 #elif FA_MASK == 2
-        unsigned pair;
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));
+        const unsigned pair = load_shared_1(at);
         value[0] = to_float((elem)pair);
         value[1] = to_float((elem)(pair >> 16));
 #else
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value[0]), "=f"(value[1]) : "r"(at));
+        unsigned bits[2];
+        load_shared_2(bits[0], bits[1], at);
+        value[0] = __uint_as_float(bits[0]);
+        value[1] = __uint_as_float(bits[1]);
 #endif
     }
 };

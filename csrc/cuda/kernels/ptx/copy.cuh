@@ -34,7 +34,17 @@ static __device__ __forceinline__ void store_global_4(void *to, const unsigned (
                  : "memory");
 }
 
-/* Words of shared memory. */
+/* Words of shared memory, and half a one. */
+static __device__ __forceinline__ unsigned short load_shared_u16(unsigned address) {
+    unsigned short x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
+    return x;
+}
+static __device__ __forceinline__ unsigned load_shared_1(unsigned address) {
+    unsigned x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
 static __device__ __forceinline__ void load_shared_2(unsigned &x, unsigned &y, unsigned address) {
     asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
 }

@@ -1,0 +1,44 @@
+/* Arithmetic that CUDA C has no name for. */
+#pragma once
+
+/* Two floats, rounded to nearest, side by side; lo has the lower address. */
+static __device__ __forceinline__ unsigned pack(float lo, float hi) {
+    unsigned pair;
+#if FA_DTYPE_BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+#endif
+    return pair;
+}
+
+static __device__ __forceinline__ float half_to_float(unsigned short x) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+    return f;
+}
+
+static __device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* NaN if either is. */
+static __device__ __forceinline__ float min_nan(float x, float y) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+    return least;
+}
+
+/* Of two floats of 16 bits in each: ones where the first, without its sign, is not less than the
+ * second, or a NaN. */
+static __device__ __forceinline__ unsigned size_not_less_f16x2(unsigned x, unsigned y) {
+    unsigned mask;
+    asm("{.reg .b32 size;\n"
+        "abs.f16x2 size, %1;\n"
+        "set.geu.u32.f16x2 %0, size, %2;}"
+        : "=r"(mask)
+        : "r"(x), "r"(y));
+    return mask;
+}

@@ -1,0 +1,27 @@
+#pragma once
+
+static inline unsigned pack(float lo, float hi) {
+    return emu_to_half(EMU_TYPE, lo) | (unsigned)emu_to_half(EMU_TYPE, hi) << 16;
+}
+
+static inline float half_to_float(unsigned short x) {
+    return emu_from_half(EMU_FP16, x);
+}
+
+static inline float exp2_approx(float x) {
+    const float y = exp2f(fabsf(x) < 0x1p-126f ? 0 : x);
+    return y < 0x1p-126f ? 0 : y;
+}
+
+static inline float min_nan(float x, float y) {
+    return x != x || y != y ? NAN : x < y ? x : y;
+}
+
+static inline unsigned size_not_less_f16x2(unsigned x, unsigned y) {
+    unsigned mask = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float size = fabsf(half_to_float((unsigned short)(x >> shift)));
+        mask |= size < half_to_float((unsigned short)(y >> shift)) ? 0 : 0xffffu << shift;
+    }
+    return mask;
+}

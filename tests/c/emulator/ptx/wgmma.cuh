@@ -1,0 +1,36 @@
+#pragma once
+
+static inline void wgmma_fence() {
+    emu_wgmma_fence();
+}
+
+static inline void wgmma_commit() {
+    emu_wgmma_commit();
+}
+
+template <int PENDING> static inline void wgmma_wait() {
+    emu_wgmma_wait(PENDING);
+}
+
+template <int N> static inline void pin(float (&)[N][4]) {}
+
+static inline unsigned long long wgmma_operand(unsigned address, unsigned panel_bytes) {
+    constexpr unsigned long long SWIZZLE_128B = 1ull << 62, EIGHT_ROWS = 1024 >> 4;
+    return address >> 4 | panel_bytes >> 4 << 16 | EIGHT_ROWS << 32 | SWIZZLE_128B;
+}
+
+template <int N> struct Wgmma {
+    static_assert(N % 8 == 0 && N <= 256, "what wgmma has");
+
+    static inline void multiply(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {
+        emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b, 0);
+    }
+    static inline void multiply_add(float (&d)[N / 8][4], unsigned long long a,
+                                    unsigned long long b) {
+        emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b, EMU_ACCUMULATE);
+    }
+    static inline void multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4],
+                                    unsigned long long b) {
+        emu_wgmma(EMU_TYPE, d[0], N, a, 0, b, EMU_ACCUMULATE | EMU_B_MN);
+    }
+};

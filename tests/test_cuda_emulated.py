@@ -1,0 +1,284 @@
+"""The CUDA kernels without a GPU: their results, and that they are the same in every order in which
+the threads of a block may run. What the emulator itself finds, it is shown at the end.
+
+On a GPU tests/test_accuracy.py and others say the same of the kernels as they are."""
+
+import ctypes
+
+import pytest
+import sanitize
+import torch
+from emulator import emulated, launch, library, tensor_maps
+from helpers import (
+    EPS,
+    assert_accurate,
+    assert_same_bits,
+    convert,
+    forward_backward,
+    make_case,
+    max_abs,
+    naive_attention,
+)
+
+# sm_90 has kernels of its own; sm_120 has less shared memory, and so other tiles.
+ARCHS = [90, 80, 90, 120, 90]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """The rest is small: to wake other threads for it takes longer."""
+    threads(1)
+
+
+# To compile them takes most of the time: of bfloat16, half of what float16 runs will do.
+CASES = [
+    (case, ARCHS[i % len(ARCHS)])
+    for i, case in enumerate(sanitize.CASES)
+    if case[0] != torch.bfloat16 or i % 2
+]
+
+
+def name_of(value) -> str:
+    if isinstance(value, int):
+        return f"sm_{value}"
+    dtype, features, head_dim, (seq_q, seq_k), layout = value
+    return f"{features}-{dtype}-{head_dim}-{seq_q}-{seq_k}-{layout.__name__}"
+
+
+@pytest.mark.parametrize("description,arch", CASES, ids=name_of)
+def test_accurate(description, arch, seed):
+    """What `make sanitize` runs on a GPU; see there."""
+    case = sanitize.draw(*description, device="cpu")
+    assert_accurate(case, emulated(arch, seed=seed))
+
+
+# Every tile of forward_sm90.c, and the parts of the kernel that only some calls reach.
+@pytest.mark.parametrize(
+    "features,sizes",
+    [
+        ("causal", {"seq_q": 1600, "seq_k": 1500, "head_dim": 64}),
+        ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 96}),
+        ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 128}),
+        ("window", {"seq_q": 300, "seq_k": 500, "head_dim": 128}),
+        ("causal", {"seq_q": 200, "seq_k": 300, "head_dim": 192}),
+        ("causal+dropout", {"seq_q": 200, "seq_k": 200, "head_dim": 256}),
+        ("bias", {"seq_q": 192, "seq_k": 200, "head_dim": 64}),
+        ("head_bias", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
+        ("fp32_bias", {"seq_q": 130, "seq_k": 132, "head_dim": 64}),
+        ("bool_mask", {"seq_q": 130, "seq_k": 208, "head_dim": 128}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+)
+def test_forward_of_hopper(features, sizes, seed):
+    case = make_case(features, dtype=torch.bfloat16, batch=1, heads=2, **sizes)
+    truth = naive_attention(*(convert(x, torch.float64) for x in case.inputs), **case.options)
+    ours, standard = case.run(emulated(90, seed=seed)), case.run(naive_attention)
+    allowed = max_abs(standard.double() - truth) + EPS[torch.bfloat16] * max_abs(truth)
+    assert max_abs(ours.double() - truth) <= allowed
+
+
+@pytest.mark.parametrize("many_multiprocessors", [False, True], ids=["few", "many"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_scores_that_rise(arch, many_multiprocessors, seed):
+    """Later keys have larger scores: the maximum that the softmax goes by has to follow."""
+    case = make_case(dtype=torch.float16, batch=1, heads=2, seq_q=130, seq_k=300, head_dim=64)
+    case.q[..., 0] = 8
+    case.k[..., 0] = torch.linspace(200, -200, 300)
+    assert_accurate(case, emulated(arch, many_multiprocessors=many_multiprocessors, seed=seed))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("features", ["causal", "window+dropout", "bias", "query_bias+grouped"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_same_bits_in_every_order(arch, features, deterministic, seed):
+    """Blocks run one after the other here, so that atomic additions have an order, too."""
+    case = make_case(features, dtype=torch.float16, batch=1, heads=2, seq_q=150, seq_k=200)
+    grad_out = torch.randn_like(case.q)
+    results = [
+        forward_backward(
+            case.bind(emulated(arch, deterministic=deterministic, seed=order)),
+            case.inputs,
+            grad_out,
+        )
+        for order in (0, seed, seed + 1)
+    ]
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+def test_every_kernel_was_run():
+    for arch in (80, 90):
+        for deterministic in (False, True):
+            case = make_case("head_bias", dtype=torch.float16, batch=1, heads=2)
+            attention = case.bind(emulated(arch, deterministic=deterministic))
+            forward_backward(attention, case.inputs, torch.randn_like(case.q))
+    missing = sanitize.all_kernels() - set(library().emu_loaded().decode().split())
+    assert not missing, f"never run: {missing}"
+
+
+# --- the emulator itself ---------------------------------------------------------------------
+
+KERNEL = """
+#include "panels.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/order.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/warpgroup.cuh"
+
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+struct Maps { tensor_map x, y; };
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    fa_test(const __grid_constant__ Maps maps, float *result) {
+    const unsigned shared = shared_address(shared_memory);
+    mbarrier *full = (mbarrier *)(shared_memory + SHARED - 16);
+    const int t = threadIdx.x;
+    float d[8][4] = {};
+    if (t == 0)
+        mbarrier_init(full, 1);
+    __syncthreads();
+    BODY
+}
+"""
+SHARED = 48 << 10
+
+
+def run_body(body: str, x: torch.Tensor, y: torch.Tensor, *, threads=128, seed=0) -> torch.Tensor:
+    """The body of a kernel with tensor maps of x and y, [1, 1, 64, 64], and a result for each
+    thread."""
+    result = torch.zeros(threads)
+    launch(
+        KERNEL.replace("BODY", body),
+        "fa_test",
+        tensor_maps((x, 64, 64), (y, 64, 64)),
+        ctypes.c_void_p(result.data_ptr()),
+        grid=1,
+        threads=threads,
+        shared_bytes=SHARED,
+        seed=seed,
+        SHARED=SHARED,
+        FA_DTYPE_FP32=0,
+        FA_DTYPE_BF16=1,
+    )
+    return result
+
+
+@pytest.fixture
+def matrices():
+    return [torch.randn(1, 1, 64, 64, dtype=torch.bfloat16) for _ in range(2)]
+
+
+LOAD = """
+    if (t == 0) {
+        mbarrier_arrive_expect(full, 2 * 8192);
+        tma_load(shared, &maps.x, full, 0, 0, 0, 0);
+        tma_load(shared + 8192, &maps.y, full, 0, 0, 0, 0);
+    }
+"""
+WAIT = "mbarrier_wait(full, 0);"
+MULTIPLY = """
+    const Panels<64, 64> X{shared}, Y{shared + 8192};
+    wgmma_fence();
+    Wgmma<64>::multiply(d, X.sum_over_cols(0), Y.sum_over_cols(0));
+    for (int k = 16; k < 64; k += 16)
+        Wgmma<64>::multiply_add(d, X.sum_over_cols(k), Y.sum_over_cols(k));
+    wgmma_commit();
+"""
+STORE = "if (t == 0) { tma_store(&maps.y, shared, 0, 0, 0, 0); tma_store_commit(); %s }"
+
+MISTAKES = {
+    "hangs": "if (t < 64) mbarrier_wait(full, 0);",
+    "wait at __syncthreads": "if (t < 32) __syncthreads(); else mbarrier_wait(full, 0);",
+    "while other lanes of the warp are at": "if (t % 2) __syncwarp(); else uniform(t);",
+    "of which some lanes have ended": "if (t % 2) { unsigned r[4]; ldmatrix_x4(r, shared); }",
+    "while others wait there for 64": "barrier_arrive(1, t < 32 ? 64 : 96);",
+    "all the arrivals of this phase": LOAD + LOAD,
+    "no initialised mbarrier": "mbarrier_arrive(mbarrier_ref(shared));",
+    "where the block has none": "load_shared_1(shared + SHARED);",
+    "where what is dynamic ends": "shared_memory[SHARED + 100] = 1;",
+    "is not a multiple of 16": "store_shared_4(shared + 8, 0, 0, 0, 0);",
+    "where there is none": "*(volatile int *)4096 = 1;",
+    "cp.async of 16 bytes": "cp_async_16(shared, (char *)result + 4, 16);",
+    "a wgmma.fence is missing": LOAD + WAIT + MULTIPLY.replace("wgmma_fence();", ""),
+    "before a wgmma of warp 0 was waited for": LOAD + WAIT + MULTIPLY,
+    "had different wgmmas": f"{LOAD} {WAIT} if (t < 64) {{ {MULTIPLY} wgmma_wait<0>(); }}",
+    "operand of a wgmma": LOAD + MULTIPLY + WAIT + "wgmma_wait<0>();",
+    "accumulators were written": LOAD + WAIT + MULTIPLY + "d[0][0] = 1; wgmma_wait<0>();",
+    "not come to a fence.proxy.async": "store_shared_1(shared + 4 * t, t); __syncthreads();"
+    + STORE % "tma_store_wait_read();",
+    "still had to store": "fence_proxy_async();" + STORE % "",
+    "changed while the copy engine": STORE % "shared_memory[0] = 1; tma_store_wait_read();",
+    "something in global memory": "while (!load_acquire((unsigned long long *)result));",
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_reported(message, matrices, seed):
+    with pytest.raises(RuntimeError, match=message):
+        run_body(MISTAKES[message], *matrices)
+
+
+def test_what_has_not_arrived_is_nan(matrices):
+    look = "result[t] = __uint_as_float(load_shared_1(shared + 16 * t));"
+    copy = "cp_async_16(shared + 16 * t, result, 16); cp_async_commit();"
+    assert run_body(look, *matrices).isnan().all()
+    assert run_body(copy + look + "cp_async_wait<0>();", *matrices).isnan().all()
+    assert run_body(LOAD + "__syncthreads();" + look + WAIT, *matrices).isnan().all()
+    products = LOAD + WAIT + MULTIPLY + "result[t] = d[1][2]; wgmma_wait<0>();"
+    assert run_body(products, *matrices).isnan().all()
+    assert (run_body(copy + "cp_async_wait<0>();" + look, *matrices) == 0).all()
+
+
+# The accumulators of a warpgroup, and where a thread has them.
+RESULTS = """
+    wgmma_wait<0>();
+    __syncthreads();
+    for (int n = 0; n < 8; n++)
+        for (int x = 0; x < 4; x += 2) {
+            const int row = t / 4 % 8 + t / 32 * 16 + x / 2 * 8, col = 8 * n + t % 4 * 2;
+            store_shared_1(X.chunk(row, col) + col % 8 * 2, pack(d[n][x], d[n][x + 1]));
+        }
+    fence_proxy_async();
+    __syncthreads();
+"""
+
+
+@pytest.mark.parametrize("a_over_rows", [False, True])
+@pytest.mark.parametrize("b_over_rows", [False, True])
+def test_wgmma(a_over_rows, b_over_rows, matrices, seed):
+    """Every way for an operand to lie in shared memory, where the copy engine has put it."""
+    x, y = matrices
+    body = f"""
+        const Panels<64, 64> X{{shared}}, Y{{shared + 8192}};
+        wgmma_fence();
+        for (int k = 0; k < 64; k += 16)
+            emu_wgmma(EMU_BF16, d[0], 64, NULL, X.sum_over_{"rows" if a_over_rows else "cols"}(k),
+                      Y.sum_over_{"rows" if b_over_rows else "cols"}(k),
+                      EMU_ACCUMULATE | {a_over_rows:d} * EMU_A_MN | {b_over_rows:d} * EMU_B_MN);
+        wgmma_commit();
+    """
+    a, b = x[0, 0].float(), y[0, 0].float()
+    expected = (a.mT if a_over_rows else a) @ (b if b_over_rows else b.mT)
+    run_body(LOAD + WAIT + body + RESULTS + STORE % "tma_store_wait_read();", x, y, seed=seed)
+    torch.testing.assert_close(y[0, 0].float(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_boxes_past_the_edge(matrices):
+    """The copy engine brings zeros and leaves alone what lies outside."""
+    x, y = matrices
+    move = """
+        if (t == 0) {
+            mbarrier_arrive_expect(full, 8192);
+            tma_load(shared, &maps.x, full, -8, 60, 0, 0);
+            mbarrier_wait(full, 0);
+            tma_store(&maps.y, shared, 16, -2, 0, 0);
+            tma_store_commit();
+            tma_store_wait_read();
+        }
+    """
+    expected = y.clone()
+    box = torch.zeros(64, 64, dtype=x.dtype)
+    box[:4, 8:] = x[0, 0, 60:, :56]
+    expected[0, 0, :62, 16:] = box[2:, :48]
+    run_body(move, x, y)
+    assert torch.equal(y, expected)
