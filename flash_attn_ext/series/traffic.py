@@ -18,14 +18,14 @@ What is counted:
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 STATISTIC = 4  # bytes of one m, l, lse or delta: float32 whatever the inputs are
 ON_CHIP = 128 * 1024  # bytes, of the 164 KiB of an A100's multiprocessor: 256 rows at d = 64, fp16
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One line of the algorithm, for all batches and heads together."""
 
     name: str  # what is computed, as in the walkthroughs
@@ -88,8 +88,7 @@ class Traffic:
         )
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     batch: int
     heads: int
     seq_q: int
@@ -208,10 +207,10 @@ def _forward(shape: Shape, block_m: int, block_n: int) -> Iterator[Step]:
     pairs = heads * sum(m * n for m, n in zip(lengths, keys, strict=True))
     slow = heads * row
     steps = _forward_steps(shape, pairs, _blocks(keys, lengths, block_n) * heads)
-    yield replace(steps["S"], bytes=slow * (shape.seq_q + sum(keys)))  # Q and K
+    yield steps["S"]._replace(bytes=slow * (shape.seq_q + sum(keys)))  # Q and K
     yield from steps["between"]
-    yield replace(steps["O"], bytes=slow * (shape.seq_q + sum(keys)))  # O and V
-    yield replace(steps["statistics"], bytes=heads * shape.seq_q * STATISTIC)  # lse
+    yield steps["O"]._replace(bytes=slow * (shape.seq_q + sum(keys)))  # O and V
+    yield steps["statistics"]._replace(bytes=heads * shape.seq_q * STATISTIC)  # lse
 
 
 def _forward_2022(shape: Shape, block_m: int, block_n: int) -> Iterator[Step]:
@@ -226,10 +225,10 @@ def _forward_2022(shape: Shape, block_m: int, block_n: int) -> Iterator[Step]:
     slow, visits = heads * row, sum(queries)
     to_and_fro = 2 * visits - shape.seq_q
     steps = _forward_steps(shape, pairs, visits * heads)
-    yield replace(steps["S"], bytes=slow * (visits + shape.seq_k))  # Q and K
+    yield steps["S"]._replace(bytes=slow * (visits + shape.seq_k))  # Q and K
     yield from steps["between"]
-    yield replace(steps["O"], bytes=slow * (to_and_fro + shape.seq_k))  # O and V
-    yield replace(steps["statistics"], bytes=heads * to_and_fro * STATISTIC)  # lse
+    yield steps["O"]._replace(bytes=slow * (to_and_fro + shape.seq_k))  # O and V
+    yield steps["statistics"]._replace(bytes=heads * to_and_fro * STATISTIC)  # lse
 
 
 def _forward_steps(shape: Shape, pairs: int, rescaled_rows: int) -> dict:
