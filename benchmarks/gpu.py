@@ -15,38 +15,22 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cell import BACKENDS, DTYPES, check, flop, forwards, inputs, title, within
 from record import RESULTS, cuda_facts, facts, file_name, save
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import flash_attn_ext
 from flash_attn_ext.measure import Samples, take_turns
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-2}  # of the largest value
 TOKENS, WIDTH = 16384, 2048  # B * N and H * D
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 DIRECTIONS = ("forward", "backward", "both")
-
-
-def naive(q: Tensor, k: Tensor, v: Tensor, is_causal=False, dropout_p=0.0) -> Tensor:
-    """As one writes it down, in the dtype of its inputs."""
-    S = q @ k.mT * q.shape[-1] ** -0.5  # [B, H, N, N]
-    if is_causal:
-        S = S.masked_fill(torch.ones_like(S, dtype=torch.bool).triu(1), -torch.inf)
-    return F.dropout(torch.softmax(S, dim=-1), dropout_p) @ v
 
 
 # --- cells -----------------------------------------------------------------------------------
@@ -131,73 +115,10 @@ def cells():
     )
 
 
-def flop(cell: dict, direction: str) -> float:
-    """Two matrix products forward, five backward; half of each where causal."""
-    product = 2 * cell["batch"] * cell["heads"] * cell["length"] ** 2 * cell["head_dim"]
-    products = {"forward": 2, "backward": 5, "both": 7}[direction]
-    return product * products / (2 if cell["causal"] else 1)
-
-
-def inputs(cell: dict, device: str) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """q, k, v as a model makes them, [B, H, N, D] views of [B, N, H, D]; bias; dO."""
-    B, N, D = cell["batch"], cell["length"], cell["head_dim"]
-    H, Hk = cell["heads"], cell["heads_k"]
-    options = {"dtype": DTYPES[cell["dtype"]], "device": device}
-    qkv = [
-        torch.randn(B, N, heads, D, **options).transpose(1, 2).requires_grad_()
-        for heads in (H, Hk, Hk)
-    ]
-    bias = None
-    if cell["bias"]:
-        bias = torch.randn(B, H, N, N, **options, requires_grad=cell["bias"] == "with gradient")
-    return qkv, bias, torch.randn(B, N, H, D, **options).transpose(1, 2)
-
-
-def within(name: str) -> object:
-    return sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext()
-
-
-def attentions(cell: dict, qkv: list[Tensor], bias: Tensor | None) -> dict[str, Callable]:
-    """The forward of every peer that takes the call."""
-    options = {"is_causal": cell["causal"], "dropout_p": cell["dropout_p"]}
-
-    def sdpa(name: str) -> Tensor:
-        with within(name):
-            return F.scaled_dot_product_attention(
-                *qkv, bias, enable_gqa=cell["heads"] != cell["heads_k"], **options
-            )
-
-    calls = {
-        "ours": partial(
-            flash_attn_ext.scaled_dot_product_attention,
-            *qkv, bias, enable_gqa=cell["heads"] != cell["heads_k"], **options,
-        )
-    }  # fmt: skip
-    for name in cell["peers"]:
-        call = partial(naive, *qkv, **options) if name == "naive" else partial(sdpa, name)
-        try:
-            call()
-        except RuntimeError as error:
-            tqdm.write(f"{name} does not take {title(cell)}: {error}".splitlines()[0])
-        else:
-            calls[name] = call
-    return calls
-
-
-def check(cell: dict, results: dict[str, list[Tensor]]) -> None:
-    """Ours against a peer; with dropout each of them drops others."""
-    peers = [name for name in results if name != "ours"]
-    if not peers or cell["dropout_p"] > 0:
-        return
-    for ours, theirs in zip(results["ours"], results[peers[0]], strict=True):
-        error, largest = (ours - theirs).abs().max(), theirs.abs().max()
-        assert error <= TOLERANCE[cell["dtype"]] * largest, (title(cell), peers[0], error, largest)
-
-
 def measure(cell: dict, options: argparse.Namespace) -> dict:
     qkv, bias, grad_out = inputs(cell, options.device)
     leaves = [x for x in (*qkv, bias) if x is not None and x.requires_grad]
-    calls = attentions(cell, qkv, bias)
+    calls = forwards(cell, qkv, bias)
 
     def gradients(out: Tensor, **how: bool) -> list[Tensor]:
         return torch.autograd.grad(out, leaves, grad_out, **how)
@@ -236,23 +157,12 @@ def timed(cell: dict, direction: str, peers: dict, options: argparse.Namespace, 
     ours = samples["ours"]
     return {
         name: {
-            "seconds": summary(mine),
+            "seconds": mine.summary,
             "tflops": flop(cell, direction) / mine.median / 1e12,
-            "speedup": summary(mine / ours),  # of ours
+            "speedup": (mine / ours).summary,  # of ours
         }
         for name, mine in samples.items()
     }
-
-
-def summary(samples: Samples) -> dict[str, float]:
-    low, high = samples.quartiles
-    return {"median": samples.median, "p25": low, "p75": high}
-
-
-def title(cell: dict) -> str:
-    mask = "causal" if cell["causal"] else "full"
-    sizes = f"d={cell['head_dim']:3} {mask:6} N={cell['length']:5}"
-    return f"{cell['feature']:8} {cell['dtype']:8} {sizes}"
 
 
 # --- host and memory -------------------------------------------------------------------------
@@ -296,7 +206,7 @@ def host(options: argparse.Namespace) -> list[dict]:
             for name, call in calls.items():
                 samples[name].append(microseconds(name, call))
         for name, mine in samples.items():
-            results.append({"direction": direction, "peer": name} | summary(Samples(mine)))
+            results.append({"direction": direction, "peer": name} | Samples(mine).summary)
             print(f"host {direction:26} {name:9} {Samples(mine).median:8.1f} us")
     return results
 
@@ -315,7 +225,7 @@ def memory(options: argparse.Namespace) -> list[dict]:
             "peers": ("flash", "cudnn", "efficient", "naive"),
         }  # fmt: skip
         qkv, _, grad_out = inputs(cell, options.device)
-        for name, call in attentions(cell, qkv, None).items():
+        for name, call in forwards(cell, qkv, None).items():
             for _ in range(2):  # a first call may set up what stays
                 torch.cuda.reset_peak_memory_stats()
                 before = requested("current")

@@ -46,6 +46,12 @@ def cpu_table(record: dict) -> str:
     )
 
 
+def against_length(panel) -> None:
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
+    panel.grid(alpha=0.3)
+
+
 def cpu_plot(record: dict, path: Path) -> None:
     dtypes = list(record["matmul_gflops"])
     figure, axes = pyplot.subplots(
@@ -79,10 +85,8 @@ def cpu_plot(record: dict, path: Path) -> None:
                 alpha=0.12,
                 linewidth=0,
             )
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
+        against_length(panel)
         panel.set_title(f"{dtype} {way}")
-        panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
     axes[0][0].set_ylim(bottom=0)
     figure.supxlabel("sequence length")
@@ -115,12 +119,10 @@ def memory_plot(record: dict, path: Path) -> None:
             [cell["bytes"] / 2**20 for cell in cells],
             "o-", color=color, label=peer,
         )  # fmt: skip
-    panel.set_xscale("log", base=2)
+    against_length(panel)
     panel.set_yscale("log", base=2)
-    panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
     panel.yaxis.set_major_formatter(FuncFormatter("{:,g}".format))
     panel.set(xlabel="sequence length", ylabel="peak memory, MiB")
-    panel.grid(alpha=0.3)
     panel.legend()
     figure.savefig(path, dpi=130)
 
@@ -210,10 +212,8 @@ def gpu_plot(record: dict, path: Path) -> None:
             ]
             if points:
                 panel.plot(*zip(*points), "o-", color=color, label=peer, markersize=4)
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
+        against_length(panel)
         panel.set_title(f"{way}, {MASK[causal]}, d = {d}")
-        panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
     axes[0][0].set_ylim(bottom=0)
     figure.supxlabel("sequence length")
