@@ -34,7 +34,7 @@ def title(cell: dict) -> str:
 def flop(cell: dict, direction: str) -> float:
     """Two matrix products forward, five backward; half of each where causal."""
     product = 2 * cell["batch"] * cell["heads"] * cell["length"] ** 2 * cell["head_dim"]
-    products = {"forward": 2, "backward": 5, "both": 7}[direction]
+    products = {"forward": 2, "backward": 5}[direction]
     return product * products / (2 if cell["causal"] else 1)
 
 

@@ -2,7 +2,6 @@
 
     speed     every feature, forward and backward: --features, --dtype, --d, --length, --direction
     host      how long the host is busy with a call so small that nothing else counts
-    memory    peak memory of forward and backward
 
 Every cell is checked before it is timed. The peers then take turns in one process, once back to
 back ("hot": a GPU at its power limit, as in training) and, with --cool, once with a rest before
@@ -12,7 +11,6 @@ file and leaves the others, each with the commit that it was measured at.
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from cell import BACKENDS, DTYPES, check, flop, forwards, inputs, title, within
-from record import RESULTS, cuda_facts, facts, file_name, save
+from record import RESULTS, cuda_facts, facts, merge, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +28,7 @@ from flash_attn_ext.measure import Samples, take_turns
 
 TOKENS, WIDTH = 16384, 2048  # B * N and H * D
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-DIRECTIONS = ("forward", "backward", "both")
+DIRECTIONS = ("forward", "backward")
 
 
 # --- cells -----------------------------------------------------------------------------------
@@ -48,9 +46,9 @@ def cells():
         "peers": ("flash", "cudnn", "efficient"),
     }
 
-    def shape(n: int, d: int, tokens: int = TOKENS) -> dict:
+    def shape(n: int, d: int) -> dict:
         heads = WIDTH // d
-        return {"batch": tokens // n, "heads": heads, "heads_k": heads, "length": n, "head_dim": d}
+        return {"batch": TOKENS // n, "heads": heads, "heads_k": heads, "length": n, "head_dim": d}
 
     for d, causal, n in itertools.product((64, 128, 256), (False, True), LENGTHS):
         yield plain | shape(n, d) | {"causal": causal}
@@ -99,20 +97,6 @@ def cells():
                 "peers": ("flash", "cudnn"),
             }
         )
-    yield (
-        plain
-        | shape(1024, 64, tokens=65536)
-        | {
-            "feature": "gpt2",
-            "dtype": "float16",
-            "heads": 16,
-            "heads_k": 16,
-            "causal": True,
-            "dropout_p": 0.1,
-            "directions": ("both",),
-            "peers": ("naive", "flash", "efficient"),
-        }
-    )
 
 
 def measure(cell: dict, options: argparse.Namespace) -> dict:
@@ -138,7 +122,6 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
         peers = {
             "forward": {n: partial(forward_without_gradients, c) for n, c in calls.items()},
             "backward": backwards,
-            "both": {n: lambda call=c: gradients(call()) for n, c in calls.items()},
         }[direction]
         result[direction] = {"hot": timed(cell, direction, peers, options, rest=0)}
         if options.cool:
@@ -165,7 +148,7 @@ def timed(cell: dict, direction: str, peers: dict, options: argparse.Namespace, 
     }
 
 
-# --- host and memory -------------------------------------------------------------------------
+# --- host ------------------------------------------------------------------------------------
 
 
 def host(options: argparse.Namespace) -> list[dict]:
@@ -211,61 +194,10 @@ def host(options: argparse.Namespace) -> list[dict]:
     return results
 
 
-def memory(options: argparse.Namespace) -> list[dict]:
-    """Bytes above the inputs at the peak of a forward and of its backward: asked for, unrounded."""
-
-    def requested(which: str) -> int:
-        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
-
-    results = []
-    for n in LENGTHS:
-        cell = {
-            "feature": "memory", "dtype": "bfloat16", "batch": 1, "heads": 16, "heads_k": 16,
-            "length": n, "head_dim": 128, "causal": True, "dropout_p": 0.0, "bias": None,
-            "peers": ("flash", "cudnn", "efficient", "naive"),
-        }  # fmt: skip
-        qkv, _, grad_out = inputs(cell, options.device)
-        for name, call in forwards(cell, qkv, None).items():
-            for _ in range(2):  # a first call may set up what stays
-                torch.cuda.reset_peak_memory_stats()
-                before = requested("current")
-                out = call()
-                forward = requested("peak") - before
-                torch.cuda.reset_peak_memory_stats()
-                torch.autograd.grad(out, qkv, grad_out)
-                backward = requested("peak") - before
-                del out
-            results.append({"peer": name, "length": n, "forward": forward, "backward": backward})
-            print(f"memory N={n:5} {name:9} {forward / 2**20:8.1f} {backward / 2**20:8.1f} MiB")
-    return results
-
-
-# --- the result file -------------------------------------------------------------------------
-
-
-def key(cell: dict) -> str:
-    """What tells a cell from the others."""
-    measured = {*DIRECTIONS, "peers", "commit", "date"}
-    return json.dumps({k: v for k, v in cell.items() if k not in measured}, sort_keys=True)
-
-
-def merge(record: dict, folder: Path) -> dict:
-    """The record, with what earlier pieces measured and this one did not."""
-    name = file_name("gpu", record["device"])
-    paths = [f / name for f in (folder, RESULTS) if (f / name).exists()]
-    if not paths:
-        return record
-    old = json.loads(paths[0].read_text())
-    cells = {key(cell): cell for cell in old.get("cells", [])}
-    for cell in record["cells"]:
-        cells[key(cell)] = cells.get(key(cell), {}) | cell
-    return old | record | {"cells": list(cells.values())}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    features = ["plain", "bias", "dropout", "float32", "grouped", "gpt2"]
-    parts = ["speed", "host", "memory"]
+    features = ["plain", "bias", "dropout", "float32", "grouped"]
+    parts = ["speed", "host"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--features", nargs="+", choices=features, default=features)
     parser.add_argument("--dtype", choices=DTYPES, help="instead of a cell's own")
@@ -274,8 +206,7 @@ def main() -> None:
     parser.add_argument("--mask", nargs="+", choices=["full", "causal"], default=["full", "causal"])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS,
                         dest="directions")  # fmt: skip
-    parser.add_argument("--peers", nargs="+", choices=["naive", *BACKENDS],
-                        default=["naive", *BACKENDS])  # fmt: skip
+    parser.add_argument("--peers", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--cool", action="store_true", help="time once more with rests")
     parser.add_argument("--seconds", type=float, default=1.0, help="for one timing of all peers")
     parser.add_argument("--quick", action="store_true", help="two lengths, little time for each")
@@ -314,9 +245,7 @@ def main() -> None:
             record["cells"].append(result | stamp)
     if "host" in options.parts:
         record["host_us"] = [result | stamp for result in host(options)]
-    if "memory" in options.parts and options.device == "cuda":
-        record["memory"] = [result | stamp for result in memory(options)]
-    save("gpu", merge(record, options.out), options.out)
+    save("gpu", merge("gpu", record, options.out, measured=set(DIRECTIONS)), options.out)
 
 
 def line(result: dict, direction: str) -> str:

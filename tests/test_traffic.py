@@ -24,7 +24,7 @@ def test_bytes_of_the_papers_table_need_no_rule_of_their_own():
 
 
 def test_flash_attentions_own_steps_are_within_a_percent_of_the_papers():
-    """With what it does twice, and without what it need not do: 74.50 GFLOP for the 75.2 printed."""
+    """With what it does twice, without what it need not do: 74.50 GFLOP, where 75.2 is printed."""
     steps = traffic("flash_2022", **GPT2_MEDIUM, block_m=64, block_n=256)
     products = steps.of_kind("product").flops
     own = products / GPT2_MEDIUM["heads"] + steps.flops - products
