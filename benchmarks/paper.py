@@ -27,16 +27,28 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 NAIVE_LENGTH = 4096  # beyond, naive attention wants more memory than many machines have
 # On a GPU all is as in the paper; a CPU gets fewer texts, and the dtype that one trains with there.
 SIZES = {
-    "cuda": {"dtype": "float16", "texts": 16, "gpt2_texts": 64, "peers": ("flash", "efficient")},
-    "cpu": {"dtype": "float32", "texts": 1, "gpt2_texts": 4, "peers": ("sdpa",)},
+    "cuda": {
+        "dtype": "float16",
+        "texts": 16,
+        "gpt2_texts": 64,
+        "longest": {"runtime": 16384, "memory": 16384},
+        "peers": ("flash", "efficient"),
+    },
+    "cpu": {
+        "dtype": "float32",
+        "texts": 1,
+        "gpt2_texts": 4,
+        "longest": {"runtime": 4096, "memory": 16384},
+        "peers": ("sdpa",),
+    },
 }
 
 
 def cells(device: str) -> Iterator[dict]:
     size = SIZES[device]
     plain = {"dtype": size["dtype"], "head_dim": 64, "bias": None}
-    for table in ("runtime", "memory"):
-        for n in LENGTHS:
+    for table, longest in size["longest"].items():
+        for n in (n for n in LENGTHS if n <= longest):
             yield plain | {
                 "feature": table,
                 "batch": size["texts"],
