@@ -12,6 +12,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle, Wedge
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
 from .traffic import Traffic
@@ -185,7 +186,8 @@ def one_query(axes: Axes, weights, tokens: Sequence[str], query: int) -> None:
             )  # fmt: skip
             axes.add_patch(arc)
         axes.text(j, -0.45, f"{float(weight):.0%}", ha="center", va="center", fontsize=8)
-    plain(axes, (-0.6, len(tokens) - 0.4), (-0.6, 0.6 + 0.25 * len(tokens)))
+    farthest = max(query, len(tokens) - 1 - query)
+    plain(axes, (-0.6, len(tokens) - 0.4), (-0.6, 0.5 + 0.24 * farthest))
 
 
 # --- notebook 3 --------------------------------------------------------------------------------
@@ -220,11 +222,12 @@ def bandwidths(
         axes.axvline(size, color=EDGE, linestyle=":", linewidth=1)
         axes.text(size, axes.get_ylim()[1], f"{name} ends ", ha="right", va="top", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _size(x)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_name(x)))
     axes.set(xlabel="size of what is read again and again", ylabel="GB/s", ylim=(0, None))
 
 
-def _size(count: float) -> str:
+def size_name(count: float) -> str:
+    """A number of bytes as one says it: "32 KiB"."""
     power = min(int(math.log2(max(count, 1)) / 10), 3)
     return f"{count / 1024**power:.0f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
@@ -254,7 +257,10 @@ def roofline(
         near = sum(max(x / intensity, intensity / x) < 1.5 for x in labelled)  # one below the other
         labelled.append(intensity)
         place = (7, 4 - 16 * near) if near else (7, 2)
-        axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
+        text = axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
+        text.set_path_effects(
+            [withStroke(linewidth=3, foreground="white")]
+        )  # above the roof's line
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter("{:g}".format))
