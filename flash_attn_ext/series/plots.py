@@ -258,9 +258,7 @@ def roofline(
         labelled.append(intensity)
         place = (7, 4 - 16 * near) if near else (7, 2)
         text = axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
-        text.set_path_effects(
-            [withStroke(linewidth=3, foreground="white")]
-        )  # above the roof's line
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over the roof
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter("{:g}".format))
@@ -388,10 +386,10 @@ def running_softmax(axes: Axes, x, m, l, title: str = "") -> None:
 
 
 def ladder(axes: Axes, seconds: Mapping[str, float], base: str) -> None:
-    """How many times as fast as `base`, a bar each."""
+    """How many times as fast as `base`, a bar each. A name may say more after a colon."""
     names = list(seconds)
     ratios = [seconds[base] / seconds[name] for name in names]
-    shades = [PEERS.get(name, FAST) for name in names]
+    shades = [PEERS.get(name.split(":")[0], FAST) for name in names]
     axes.barh(names, ratios, color=shades)
     for name, ratio in zip(names, ratios, strict=True):
         axes.text(
