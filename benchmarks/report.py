@@ -330,26 +330,32 @@ def splice(document: Path, name: str, content: str) -> None:
     document.write_text(text)
 
 
-def main() -> None:
-    IMAGES.mkdir(parents=True, exist_ok=True)
+REPORTS = {  # by benchmark and machine
+    ("cpu", "cpu"): ("README.md", cpu_table, cpu_plot),
+    ("gpu", "gpu"): ("README.md", gpu_table, gpu_plot),
+    ("paper", "cpu"): ("docs/paper.md", paper_tables, paper_plot),
+    ("paper", "gpu"): ("docs/paper.md", paper_tables, paper_plot),
+}
+
+
+def newest_records() -> dict[tuple[str, str], dict]:
     newest = {}
     for path in RESULTS.glob("*.json"):
-        benchmark, record = path.name.split("_")[0], json.loads(path.read_text())
-        kind = "gpu" if "device" in record else "cpu"
-        older = newest.get((benchmark, kind))
-        if not older or older["date"] < record["date"]:
-            newest[benchmark, kind] = record
-    for benchmark, kind, document, table, plot in (
-        ("cpu", "cpu", "README.md", cpu_table, cpu_plot),
-        ("gpu", "gpu", "README.md", gpu_table, gpu_plot),
-        ("paper", "cpu", "docs/paper.md", paper_tables, paper_plot),
-        ("paper", "gpu", "docs/paper.md", paper_tables, paper_plot),
-    ):
-        record = newest.get((benchmark, kind))
+        record = json.loads(path.read_text())
+        key = path.name.split("_")[0], "gpu" if "device" in record else "cpu"
+        newest[key] = max(record, newest.get(key, record), key=lambda record: record["date"])
+    return newest
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    records = newest_records()
+    for (benchmark, machine), (document, table, plot) in REPORTS.items():
+        record = records.get((benchmark, machine))
         if not record:
-            print(f"no result of {benchmark} on a {kind.upper()} yet")
+            print(f"no result of {benchmark} on a {machine.upper()} yet")
             continue
-        name = benchmark if benchmark == kind else f"{benchmark}_{kind}"
+        name = benchmark if benchmark == machine else f"{benchmark}_{machine}"
         image = IMAGES / f"benchmark_{name}.png"
         plot(record, image)
         path = ROOT / document

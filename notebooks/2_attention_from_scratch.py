@@ -123,8 +123,8 @@ W_Q = torch.tensor(
     ]
 )
 queries = features @ W_Q  # [9, 4]
-print("it     looks for", queries[7].tolist())
-print("purred looks for", queries[8].tolist())
+print("it     looks for", queries[7])
+print("purred looks for", queries[8])
 
 # %% [markdown]
 # Stack the queries, and the scores are one matrix product, the mixtures another. This is the whole

@@ -502,8 +502,8 @@ quote.show(c_forward)
 quote.show(quote.function("cpu/forward.inl", "online_softmax"))
 
 # %% [markdown]
-# And this is exercise 4, for threads that had some of the keys each. Here they hand over what is not
-# divided by $l$ yet, with $m$ and $l$ instead of `lse`:
+# And this is exercise 4, for threads that had some of the keys each. They hand over what is not yet
+# divided by $l$, with $m$ and $l$ instead of `lse`:
 
 # %%
 quote.show(quote.function("cpu/forward.inl", "forward_merge"))
