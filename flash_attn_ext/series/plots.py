@@ -12,7 +12,6 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle, Wedge
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
 from .traffic import Traffic
@@ -256,9 +255,8 @@ def roofline(
         axes.plot([intensity], [y], "o", color=KINDS.get(kind, FAST), markersize=7)
         near = sum(max(x / intensity, intensity / x) < 1.5 for x in labelled)  # one below the other
         labelled.append(intensity)
-        place = (7, 4 - 16 * near) if near else (7, 2)
-        text = axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
-        text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over the roof
+        place = (7, -11 - 12 * near)  # below the roof
+        axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter("{:g}".format))
