@@ -22,8 +22,8 @@ def cpu_name() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
-# What the benchmarks and the report write themselves: a change there is none of the code measured.
-WRITTEN = ("benchmarks/results", "docs/images", "docs/paper.md", "README.md")
+# A change there is none of the code measured; the benchmarks and the report write some themselves.
+NOT_MEASURED = ("benchmarks/results", "docs", "notebooks", "README.md")
 
 
 def commit() -> str:
@@ -31,7 +31,9 @@ def commit() -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()
 
-    changes = git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in WRITTEN))
+    changes = git(
+        "status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in NOT_MEASURED)
+    )
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changes else "")
 
 

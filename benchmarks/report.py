@@ -159,9 +159,12 @@ def length_table(what: str, cells: list[dict], a100: dict[int, tuple[float, floa
         mine, paper = results(cell), a100.get(cell["length"])
         row = [cell["length"], *(number(mine[p]) if p in mine else "" for p in peers)]
         row.append(f"{mine['naive'] / mine['ours']:.1f}" if "naive" in mine else "")
-        row += [*(f"{x:,}" for x in paper), f"{paper[0] / paper[1]:.1f}"] if paper else [""] * 3
+        if a100:
+            row += [*(f"{x:,}" for x in paper), f"{paper[0] / paper[1]:.1f}"] if paper else [""] * 3
         rows.append(row)
-    headers = ["length", *peers, "naive / ours", "A100: PyTorch", "A100: FlashAttention", "ratio"]
+    headers = ["length", *peers, "naive / ours"]
+    if a100:
+        headers += ["A100: PyTorch", "A100: FlashAttention", "ratio"]
     return f"{what}, forward and backward ({call(cells[0])}):\n\n{right_aligned(rows, headers)}"
 
 
@@ -187,6 +190,11 @@ def gpt2_table(cell: dict) -> str:
         f"Times as fast as the standard: {naive / ours:.1f} here, "
         f"{PAPER['standard']['ms'] / PAPER['flash']['ms']:.1f} in the paper."
     )
+
+
+def memory_table(record: dict) -> str:
+    table = length_table("Peak of memory above the inputs, MiB", cells_of(record, "memory"), {})
+    return f"{table}\n\n{origin(record)}."
 
 
 def paper_tables(record: dict) -> str:
@@ -330,12 +338,13 @@ def splice(document: Path, name: str, content: str) -> None:
     document.write_text(text)
 
 
-REPORTS = {  # by benchmark and machine
-    ("cpu", "cpu"): ("README.md", cpu_table, cpu_plot),
-    ("gpu", "gpu"): ("README.md", gpu_table, gpu_plot),
-    ("paper", "cpu"): ("docs/paper.md", paper_tables, paper_plot),
-    ("paper", "gpu"): ("docs/paper.md", paper_tables, paper_plot),
-}
+REPORTS = (  # benchmark, machine, document, place in it, text, picture
+    ("cpu", "cpu", "README.md", "cpu", cpu_table, cpu_plot),
+    ("gpu", "gpu", "README.md", "gpu", gpu_table, gpu_plot),
+    ("paper", "cpu", "README.md", "memory", memory_table, paper_plot),
+    ("paper", "cpu", "docs/paper.md", "paper_cpu", paper_tables, paper_plot),
+    ("paper", "gpu", "docs/paper.md", "paper_gpu", paper_tables, paper_plot),
+)
 
 
 def newest_records() -> dict[tuple[str, str], dict]:
@@ -350,7 +359,7 @@ def newest_records() -> dict[tuple[str, str], dict]:
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     records = newest_records()
-    for (benchmark, machine), (document, table, plot) in REPORTS.items():
+    for benchmark, machine, document, place, text, plot in REPORTS:
         record = records.get((benchmark, machine))
         if not record:
             print(f"no result of {benchmark} on a {machine.upper()} yet")
@@ -359,8 +368,8 @@ def main() -> None:
         image = IMAGES / f"benchmark_{name}.png"
         plot(record, image)
         path = ROOT / document
-        picture = f"![{name} benchmark]({os.path.relpath(image, path.parent)})"
-        splice(path, name, f"{table(record)}\n\n{picture}")
+        picture = f"![{place} benchmark]({os.path.relpath(image, path.parent)})"
+        splice(path, place, f"{text(record)}\n\n{picture}")
         print(f"{document} and {image.name}: {record['commit']}, {record['date']}")
 
 
