@@ -192,6 +192,10 @@ def gpt2_table(cell: dict) -> str:
     )
 
 
+def gpt2_summary(record: dict) -> str:
+    return f"{gpt2_table(cells_of(record, 'gpt2')[0])}\n\n{origin(record)}."
+
+
 def memory_table(record: dict) -> str:
     table = length_table("Peak of memory above the inputs, MiB", cells_of(record, "memory"), {})
     return f"{table}\n\n{origin(record)}."
@@ -342,6 +346,7 @@ REPORTS = (  # benchmark, machine, document, place in it, text, picture
     ("cpu", "cpu", "README.md", "cpu", cpu_table, cpu_plot),
     ("gpu", "gpu", "README.md", "gpu", gpu_table, gpu_plot),
     ("paper", "cpu", "README.md", "memory", memory_table, paper_plot),
+    ("paper", "gpu", "README.md", "gpt2", gpt2_summary, paper_plot),
     ("paper", "cpu", "docs/paper.md", "paper_cpu", paper_tables, paper_plot),
     ("paper", "gpu", "docs/paper.md", "paper_gpu", paper_tables, paper_plot),
 )
