@@ -38,7 +38,7 @@ SIZES = {
         "dtype": "float32",
         "texts": 1,
         "gpt2_texts": 4,
-        "longest": {"runtime": 4096, "memory": 16384},
+        "longest": {"runtime": 4096, "memory": 8192},
         "peers": ("sdpa",),
     },
 }
