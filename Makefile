@@ -62,7 +62,7 @@ bench: $(INSTALLED) ## time ours against PyTorch's on the CPU, then update READM
 	$(PYTHON) benchmarks/cpu.py
 	$(PYTHON) benchmarks/report.py
 
-paper: $(INSTALLED) ## measure the tables of the FlashAttention paper, on a GPU if there is one (4 minutes)
+paper: $(INSTALLED) ## measure the tables of the FlashAttention paper, on a GPU if there is one (5 minutes)
 	$(PYTHON) benchmarks/paper.py
 	$(PYTHON) benchmarks/report.py
 
