@@ -12,7 +12,7 @@ C_FILES = $(shell find csrc tests/c -name '*.[ch]' -o -name '*.cpp' -o -name '*.
 BUILT_FROM = pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebooks bench bench-gpu figures lint format asan sanitize clean
+.PHONY: help demo test notebooks bench bench-gpu paper figures lint format asan sanitize clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,13 +58,16 @@ test: $(INSTALLED) ## run the test suite
 notebooks: $(INSTALLED) ## run the four notebooks with the checks in them (3 minutes)
 	$(PYTHON) -m pytest --nbmake --nbmake-timeout=300 notebooks
 
-bench: $(INSTALLED) ## time and weigh ours against PyTorch's, then update README and plots (10 minutes)
+bench: $(INSTALLED) ## time ours against PyTorch's on the CPU, then update README and plots (10 minutes)
 	$(PYTHON) benchmarks/cpu.py
-	$(PYTHON) benchmarks/memory.py
 	$(PYTHON) benchmarks/report.py
 
 bench-gpu: $(INSTALLED) ## likewise against all of SDPA's backends on a GPU (20 minutes)
 	$(PYTHON) benchmarks/gpu.py --cool
+	$(PYTHON) benchmarks/report.py
+
+paper: $(INSTALLED) ## measure the tables of the FlashAttention paper, on a GPU if there is one (5 minutes)
+	$(PYTHON) benchmarks/paper.py
 	$(PYTHON) benchmarks/report.py
 
 figures: $(INSTALLED) ## draw the pictures of the documentation again

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cell import flop
 from record import RESULTS, facts, save
 from tqdm import tqdm
 
 import flash_attn_ext
-from flash_attn_ext.measure import Samples, take_turns
+from flash_attn_ext.measure import take_turns
 
 PEERS = {
     "sdpa": F.scaled_dot_product_attention,
@@ -42,17 +43,6 @@ def cases(quick: bool):
         }
 
 
-def flop(case: dict, direction: str) -> float:
-    """Two matrix products forward, five backward; half of each where causal."""
-    product = 2 * case["batch"] * case["heads"] * case["length"] ** 2 * case["head_dim"]
-    return product * (2 if direction == "forward" else 5) / (2 if case["causal"] else 1)
-
-
-def summary(samples: Samples) -> dict[str, float]:
-    low, high = samples.quartiles
-    return {"median": samples.median, "p25": low, "p75": high}
-
-
 def run(case: dict, seconds: float) -> dict:
     shape = case["batch"], case["length"], case["heads"], case["head_dim"]
     q, k, v, grad_out = (
@@ -76,8 +66,8 @@ def run(case: dict, seconds: float) -> dict:
     for direction, calls in (("forward", forward), ("backward", backward)):
         samples = take_turns(calls, seconds=seconds)
         result[direction] = {
-            **{f"{name}_seconds": summary(s) for name, s in samples.items()},
-            "speedup": summary(samples["sdpa"] / samples["ours"]),
+            **{f"{name}_seconds": s.summary for name, s in samples.items()},
+            "speedup": (samples["sdpa"] / samples["ours"]).summary,
             "ours_gflops": flop(case, direction) / samples["ours"].median / 1e9,
         }
     return result

@@ -2,7 +2,6 @@
 
     speed     every feature, forward and backward: --features, --dtype, --d, --length, --direction
     host      how long the host is busy with a call so small that nothing else counts
-    memory    peak memory of forward and backward
 
 Every cell is checked before it is timed. The peers then take turns in one process, once back to
 back ("hot": a GPU at its power limit, as in training) and, with --cool, once with a rest before
@@ -12,41 +11,24 @@ file and leaves the others, each with the commit that it was measured at.
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import RESULTS, cuda_facts, facts, file_name, save
+from cell import BACKENDS, DTYPES, check, flop, forwards, inputs, title, within
+from record import RESULTS, cuda_facts, facts, merge, save
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import flash_attn_ext
 from flash_attn_ext.measure import Samples, take_turns
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-2}  # of the largest value
 TOKENS, WIDTH = 16384, 2048  # B * N and H * D
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-DIRECTIONS = ("forward", "backward", "both")
-
-
-def naive(q: Tensor, k: Tensor, v: Tensor, is_causal=False, dropout_p=0.0) -> Tensor:
-    """As one writes it down, in the dtype of its inputs."""
-    S = q @ k.mT * q.shape[-1] ** -0.5  # [B, H, N, N]
-    if is_causal:
-        S = S.masked_fill(torch.ones_like(S, dtype=torch.bool).triu(1), -torch.inf)
-    return F.dropout(torch.softmax(S, dim=-1), dropout_p) @ v
+DIRECTIONS = ("forward", "backward")
 
 
 # --- cells -----------------------------------------------------------------------------------
@@ -64,9 +46,9 @@ def cells():
         "peers": ("flash", "cudnn", "efficient"),
     }
 
-    def shape(n: int, d: int, tokens: int = TOKENS) -> dict:
+    def shape(n: int, d: int) -> dict:
         heads = WIDTH // d
-        return {"batch": tokens // n, "heads": heads, "heads_k": heads, "length": n, "head_dim": d}
+        return {"batch": TOKENS // n, "heads": heads, "heads_k": heads, "length": n, "head_dim": d}
 
     for d, causal, n in itertools.product((64, 128, 256), (False, True), LENGTHS):
         yield plain | shape(n, d) | {"causal": causal}
@@ -115,89 +97,12 @@ def cells():
                 "peers": ("flash", "cudnn"),
             }
         )
-    yield (
-        plain
-        | shape(1024, 64, tokens=65536)
-        | {
-            "feature": "gpt2",
-            "dtype": "float16",
-            "heads": 16,
-            "heads_k": 16,
-            "causal": True,
-            "dropout_p": 0.1,
-            "directions": ("both",),
-            "peers": ("naive", "flash", "efficient"),
-        }
-    )
-
-
-def flop(cell: dict, direction: str) -> float:
-    """Two matrix products forward, five backward; half of each where causal."""
-    product = 2 * cell["batch"] * cell["heads"] * cell["length"] ** 2 * cell["head_dim"]
-    products = {"forward": 2, "backward": 5, "both": 7}[direction]
-    return product * products / (2 if cell["causal"] else 1)
-
-
-def inputs(cell: dict, device: str) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """q, k, v as a model makes them, [B, H, N, D] views of [B, N, H, D]; bias; dO."""
-    B, N, D = cell["batch"], cell["length"], cell["head_dim"]
-    H, Hk = cell["heads"], cell["heads_k"]
-    options = {"dtype": DTYPES[cell["dtype"]], "device": device}
-    qkv = [
-        torch.randn(B, N, heads, D, **options).transpose(1, 2).requires_grad_()
-        for heads in (H, Hk, Hk)
-    ]
-    bias = None
-    if cell["bias"]:
-        bias = torch.randn(B, H, N, N, **options, requires_grad=cell["bias"] == "with gradient")
-    return qkv, bias, torch.randn(B, N, H, D, **options).transpose(1, 2)
-
-
-def within(name: str) -> object:
-    return sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext()
-
-
-def attentions(cell: dict, qkv: list[Tensor], bias: Tensor | None) -> dict[str, Callable]:
-    """The forward of every peer that takes the call."""
-    options = {"is_causal": cell["causal"], "dropout_p": cell["dropout_p"]}
-
-    def sdpa(name: str) -> Tensor:
-        with within(name):
-            return F.scaled_dot_product_attention(
-                *qkv, bias, enable_gqa=cell["heads"] != cell["heads_k"], **options
-            )
-
-    calls = {
-        "ours": partial(
-            flash_attn_ext.scaled_dot_product_attention,
-            *qkv, bias, enable_gqa=cell["heads"] != cell["heads_k"], **options,
-        )
-    }  # fmt: skip
-    for name in cell["peers"]:
-        call = partial(naive, *qkv, **options) if name == "naive" else partial(sdpa, name)
-        try:
-            call()
-        except RuntimeError as error:
-            tqdm.write(f"{name} does not take {title(cell)}: {error}".splitlines()[0])
-        else:
-            calls[name] = call
-    return calls
-
-
-def check(cell: dict, results: dict[str, list[Tensor]]) -> None:
-    """Ours against a peer; with dropout each of them drops others."""
-    peers = [name for name in results if name != "ours"]
-    if not peers or cell["dropout_p"] > 0:
-        return
-    for ours, theirs in zip(results["ours"], results[peers[0]], strict=True):
-        error, largest = (ours - theirs).abs().max(), theirs.abs().max()
-        assert error <= TOLERANCE[cell["dtype"]] * largest, (title(cell), peers[0], error, largest)
 
 
 def measure(cell: dict, options: argparse.Namespace) -> dict:
     qkv, bias, grad_out = inputs(cell, options.device)
     leaves = [x for x in (*qkv, bias) if x is not None and x.requires_grad]
-    calls = attentions(cell, qkv, bias)
+    calls = forwards(cell, qkv, bias)
 
     def gradients(out: Tensor, **how: bool) -> list[Tensor]:
         return torch.autograd.grad(out, leaves, grad_out, **how)
@@ -217,7 +122,6 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
         peers = {
             "forward": {n: partial(forward_without_gradients, c) for n, c in calls.items()},
             "backward": backwards,
-            "both": {n: lambda call=c: gradients(call()) for n, c in calls.items()},
         }[direction]
         result[direction] = {"hot": timed(cell, direction, peers, options, rest=0)}
         if options.cool:
@@ -236,26 +140,15 @@ def timed(cell: dict, direction: str, peers: dict, options: argparse.Namespace, 
     ours = samples["ours"]
     return {
         name: {
-            "seconds": summary(mine),
+            "seconds": mine.summary,
             "tflops": flop(cell, direction) / mine.median / 1e12,
-            "speedup": summary(mine / ours),  # of ours
+            "speedup": (mine / ours).summary,  # of ours
         }
         for name, mine in samples.items()
     }
 
 
-def summary(samples: Samples) -> dict[str, float]:
-    low, high = samples.quartiles
-    return {"median": samples.median, "p25": low, "p75": high}
-
-
-def title(cell: dict) -> str:
-    mask = "causal" if cell["causal"] else "full"
-    sizes = f"d={cell['head_dim']:3} {mask:6} N={cell['length']:5}"
-    return f"{cell['feature']:8} {cell['dtype']:8} {sizes}"
-
-
-# --- host and memory -------------------------------------------------------------------------
+# --- host ------------------------------------------------------------------------------------
 
 
 def host(options: argparse.Namespace) -> list[dict]:
@@ -296,66 +189,15 @@ def host(options: argparse.Namespace) -> list[dict]:
             for name, call in calls.items():
                 samples[name].append(microseconds(name, call))
         for name, mine in samples.items():
-            results.append({"direction": direction, "peer": name} | summary(Samples(mine)))
+            results.append({"direction": direction, "peer": name} | Samples(mine).summary)
             print(f"host {direction:26} {name:9} {Samples(mine).median:8.1f} us")
     return results
 
 
-def memory(options: argparse.Namespace) -> list[dict]:
-    """Bytes above the inputs at the peak of a forward and of its backward: asked for, unrounded."""
-
-    def requested(which: str) -> int:
-        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
-
-    results = []
-    for n in LENGTHS:
-        cell = {
-            "feature": "memory", "dtype": "bfloat16", "batch": 1, "heads": 16, "heads_k": 16,
-            "length": n, "head_dim": 128, "causal": True, "dropout_p": 0.0, "bias": None,
-            "peers": ("flash", "cudnn", "efficient", "naive"),
-        }  # fmt: skip
-        qkv, _, grad_out = inputs(cell, options.device)
-        for name, call in attentions(cell, qkv, None).items():
-            for _ in range(2):  # a first call may set up what stays
-                torch.cuda.reset_peak_memory_stats()
-                before = requested("current")
-                out = call()
-                forward = requested("peak") - before
-                torch.cuda.reset_peak_memory_stats()
-                torch.autograd.grad(out, qkv, grad_out)
-                backward = requested("peak") - before
-                del out
-            results.append({"peer": name, "length": n, "forward": forward, "backward": backward})
-            print(f"memory N={n:5} {name:9} {forward / 2**20:8.1f} {backward / 2**20:8.1f} MiB")
-    return results
-
-
-# --- the result file -------------------------------------------------------------------------
-
-
-def key(cell: dict) -> str:
-    """What tells a cell from the others."""
-    measured = {*DIRECTIONS, "peers", "commit", "date"}
-    return json.dumps({k: v for k, v in cell.items() if k not in measured}, sort_keys=True)
-
-
-def merge(record: dict, folder: Path) -> dict:
-    """The record, with what earlier pieces measured and this one did not."""
-    name = file_name("gpu", record["device"])
-    paths = [f / name for f in (folder, RESULTS) if (f / name).exists()]
-    if not paths:
-        return record
-    old = json.loads(paths[0].read_text())
-    cells = {key(cell): cell for cell in old.get("cells", [])}
-    for cell in record["cells"]:
-        cells[key(cell)] = cells.get(key(cell), {}) | cell
-    return old | record | {"cells": list(cells.values())}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    features = ["plain", "bias", "dropout", "float32", "grouped", "gpt2"]
-    parts = ["speed", "host", "memory"]
+    features = ["plain", "bias", "dropout", "float32", "grouped"]
+    parts = ["speed", "host"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--features", nargs="+", choices=features, default=features)
     parser.add_argument("--dtype", choices=DTYPES, help="instead of a cell's own")
@@ -364,8 +206,7 @@ def main() -> None:
     parser.add_argument("--mask", nargs="+", choices=["full", "causal"], default=["full", "causal"])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS,
                         dest="directions")  # fmt: skip
-    parser.add_argument("--peers", nargs="+", choices=["naive", *BACKENDS],
-                        default=["naive", *BACKENDS])  # fmt: skip
+    parser.add_argument("--peers", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--cool", action="store_true", help="time once more with rests")
     parser.add_argument("--seconds", type=float, default=1.0, help="for one timing of all peers")
     parser.add_argument("--quick", action="store_true", help="two lengths, little time for each")
@@ -404,9 +245,7 @@ def main() -> None:
             record["cells"].append(result | stamp)
     if "host" in options.parts:
         record["host_us"] = [result | stamp for result in host(options)]
-    if "memory" in options.parts and options.device == "cuda":
-        record["memory"] = [result | stamp for result in memory(options)]
-    save("gpu", merge(record, options.out), options.out)
+    save("gpu", merge("gpu", record, options.out, measured=set(DIRECTIONS)), options.out)
 
 
 def line(result: dict, direction: str) -> str:

@@ -22,8 +22,8 @@ def cpu_name() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
-# What the benchmarks and the report write themselves: a change there is none of the code measured.
-WRITTEN = ("benchmarks/results", "docs/images", "README.md")
+# A change there is none of the code measured; the benchmarks and the report write some themselves.
+NOT_MEASURED = ("benchmarks/results", "docs", "notebooks", "README.md")
 
 
 def commit() -> str:
@@ -31,7 +31,9 @@ def commit() -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()
 
-    changes = git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in WRITTEN))
+    changes = git(
+        "status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in NOT_MEASURED)
+    )
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changes else "")
 
 
@@ -70,8 +72,33 @@ def file_name(benchmark: str, machine: str) -> str:
     return f"{benchmark}_{machine}.json"
 
 
+def merge(benchmark: str, record: dict, folder: Path, measured: set[str]) -> dict:
+    """The record, with the cells that earlier pieces of a run measured and this one did not.
+
+    measured: the names of a cell's results; the rest of it tells it from the others.
+    """
+    name = file_name(benchmark, machine(record))
+    paths = [f / name for f in (folder, RESULTS) if (f / name).exists()]
+    if not paths:
+        return record
+
+    def key(cell: dict) -> str:
+        results = {*measured, "peers", "commit", "date"}
+        return json.dumps({k: v for k, v in cell.items() if k not in results}, sort_keys=True)
+
+    old = json.loads(paths[0].read_text())
+    cells = {key(cell): cell for cell in old["cells"]}
+    for cell in record["cells"]:
+        cells[key(cell)] = cells.get(key(cell), {}) | cell
+    return old | record | {"cells": list(cells.values())}
+
+
+def machine(record: dict) -> str:
+    return record.get("device", record["cpu"])
+
+
 def save(benchmark: str, record: dict, folder: Path) -> None:
-    path = folder / file_name(benchmark, record.get("device", record["cpu"]))
+    path = folder / file_name(benchmark, machine(record))
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {path}")

@@ -1,7 +1,8 @@
-"""Turns the newest result of each benchmark into a plot and into a table of the README."""
+"""Turns the newest result of each benchmark into a plot and into a table of a document."""
 
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,20 +10,30 @@ import matplotlib
 from record import RESULTS, ROOT
 from tabulate import tabulate
 
+from flash_attn_ext.series.traffic import PAPER, paper_table
+
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter
 
 IMAGES = ROOT / "docs" / "images"
-COLORS = {"naive": "tab:gray", "sdpa": "tab:blue", "ours": "tab:orange"}
+COLORS = {"sdpa": "tab:blue", "ours": "tab:orange"}
 GPU_COLORS = {"flash": "tab:blue", "cudnn": "tab:green", "efficient": "tab:gray"}
+PAPER_COLORS = {"naive": "tab:red", **GPU_COLORS, **COLORS}
 MASK = {False: "full", True: "causal"}
 
 
 def origin(record: dict) -> str:
+    """Where, with what and when a result was measured: by cell, where a run came in pieces."""
+    commits = dict.fromkeys(cell.get("commit", record["commit"]) for cell in record["cells"])
+    if "device" in record:
+        machine = f"{record['device']}, CUDA {record['cuda']}, cuDNN {record['cudnn']}, "
+        machine += f"driver {record['driver']}"
+    else:
+        machine = f"{record['cpu']} ({record['isa']}), {record['threads']} threads"
     return (
-        f"{record['cpu']} ({record['isa']}), {record['threads']} threads, "
-        f"torch {record['versions']['torch']}, commit {record['commit']}, {record['date'][:10]}"
+        f"{machine}, torch {record['versions']['torch']}, commit {', '.join(commits)}, "
+        f"{record['date'][:10]}"
     )
 
 
@@ -44,6 +55,12 @@ def cpu_table(record: dict) -> str:
         f"Geometric mean: {mean['forward']:.2f} forward, {mean['backward']:.2f} backward. "
         f"{origin(record)}."
     )
+
+
+def against_length(panel) -> None:
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
+    panel.grid(alpha=0.3)
 
 
 def cpu_plot(record: dict, path: Path) -> None:
@@ -79,10 +96,8 @@ def cpu_plot(record: dict, path: Path) -> None:
                 alpha=0.12,
                 linewidth=0,
             )
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
+        against_length(panel)
         panel.set_title(f"{dtype} {way}")
-        panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
     axes[0][0].set_ylim(bottom=0)
     figure.supxlabel("sequence length")
@@ -90,48 +105,142 @@ def cpu_plot(record: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def memory_table(record: dict) -> str:
-    by_length = itertools.groupby(record["cells"], lambda cell: cell["length"])
-    rows = []
-    for length, cells in by_length:
-        peak = {cell["peer"]: f"{cell['bytes'] / 2**20:,.0f}" for cell in cells}
-        rows.append([length, *(peak.get(peer, "") for peer in COLORS)])
-    headers = ["length", "naive", "SDPA", "ours"]
+# What the paper prints, for an A100: 16 texts, 8 heads, d = 64, float16, forward and backward.
+A100_MS = {  # table 20: PyTorch, FlashAttention
+    512: (1.18, 0.73),
+    1024: (3.67, 2.29),
+    2048: (13.22, 7.64),
+    4096: (50.44, 30.09),
+}
+A100_MB = {  # table 21
+    128: (36, 22),
+    256: (104, 44),
+    512: (336, 104),
+    1024: (1184, 209),
+    2048: (4416, 418),
+    4096: (17024, 836),
+}
+
+
+def cells_of(record: dict, feature: str) -> list[dict]:
+    cells = [cell for cell in record["cells"] if cell["feature"] == feature]
+    return sorted(cells, key=lambda cell: cell["length"])
+
+
+def results(cell: dict) -> dict[str, float]:
+    """By peer: milliseconds, or MiB."""
+    if "bytes" in cell:
+        return {peer: count / 2**20 for peer, count in cell["bytes"].items()}
+    return {peer: 1e3 * seconds["median"] for peer, seconds in cell["seconds"].items()}
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def call(cell: dict) -> str:
+    mask = ", causal" if cell["causal"] else ""
+    dropout = f", dropout {cell['dropout_p']}" if cell["dropout_p"] else ""
+    return (
+        f"{cell['batch']} x {cell['heads']} heads, d = {cell['head_dim']}, {cell['dtype']}"
+        f"{mask}{dropout}"
+    )
+
+
+def right_aligned(rows: list[list[str]], headers: list[str]) -> str:
     align = ["right"] * len(headers)
-    table = tabulate(rows, headers, "github", disable_numparse=True, colalign=align)
+    return tabulate(rows, headers, "github", disable_numparse=True, colalign=align)
+
+
+def length_table(what: str, cells: list[dict], a100: dict[int, tuple[float, float]]) -> str:
+    peers = [peer for peer in PAPER_COLORS if any(peer in results(cell) for cell in cells)]
+    rows = []
+    for cell in cells:
+        mine, paper = results(cell), a100.get(cell["length"])
+        row = [cell["length"], *(number(mine[p]) if p in mine else "" for p in peers)]
+        row.append(f"{mine['naive'] / mine['ours']:.1f}" if "naive" in mine else "")
+        if a100:
+            row += [*(f"{x:,}" for x in paper), f"{paper[0] / paper[1]:.1f}"] if paper else [""] * 3
+        rows.append(row)
+    headers = ["length", *peers, "naive / ours"]
+    if a100:
+        headers += ["A100: PyTorch", "A100: FlashAttention", "ratio"]
+    return f"{what}, forward and backward ({call(cells[0])}):\n\n{right_aligned(rows, headers)}"
+
+
+def gpt2_table(cell: dict) -> str:
+    counted, ms = paper_table(), results(cell)
+    naive, ours = ms["naive"], ms["ours"]
+    titles = {"naive": "standard (naive)", "ours": "FlashAttention (ours)", "sdpa": "SDPA"}
+    rows = [
+        [
+            titles[peer],
+            *(f"{counted[name][what]:.1f} / {PAPER[name][what]}" for what in ("GFLOP", "GB")),
+            PAPER[name]["ms"],
+            number(ms.pop(peer)),
+        ]
+        for name, peer in (("standard", "naive"), ("flash", "ours"))
+    ]
+    for peer, value in ms.items():
+        rows.append([titles.get(peer, f"SDPA's {peer}"), "", "", "", number(value)])
+    headers = ["", "GFLOP, counted / paper", "GB, counted / paper", "ms, paper", "ms, here"]
     return (
-        "Peak memory in MiB of forward and backward, above the inputs "
-        f"(1 x {record['heads']} heads, d = {record['head_dim']}, {record['dtype']}):\n\n"
-        f"{table}\n\n{origin(record)}."
+        f"GPT-2 medium's attention, forward and backward. Counted for the paper's 64 texts, timed "
+        f"here with {call(cell)}:\n\n{right_aligned(rows, headers)}\n\n"
+        f"Times as fast as the standard: {naive / ours:.1f} here, "
+        f"{PAPER['standard']['ms'] / PAPER['flash']['ms']:.1f} in the paper."
     )
 
 
-def memory_plot(record: dict, path: Path) -> None:
-    figure, panel = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
-    for peer, color in COLORS.items():
-        cells = [cell for cell in record["cells"] if cell["peer"] == peer]
-        panel.plot(
-            [cell["length"] for cell in cells],
-            [cell["bytes"] / 2**20 for cell in cells],
-            "o-", color=color, label=peer,
-        )  # fmt: skip
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log", base=2)
-    panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
-    panel.yaxis.set_major_formatter(FuncFormatter("{:,g}".format))
-    panel.set(xlabel="sequence length", ylabel="peak memory, MiB")
-    panel.grid(alpha=0.3)
-    panel.legend()
+def gpt2_summary(record: dict) -> str:
+    return f"{gpt2_table(cells_of(record, 'gpt2')[0])}\n\n{origin(record)}."
+
+
+def memory_table(record: dict) -> str:
+    table = length_table("Peak of memory above the inputs, MiB", cells_of(record, "memory"), {})
+    return f"{table}\n\n{origin(record)}."
+
+
+def paper_tables(record: dict) -> str:
+    parts = []
+    if gpt2 := cells_of(record, "gpt2"):
+        parts.append(gpt2_table(gpt2[0]))
+    if runtime := cells_of(record, "runtime"):
+        parts.append(length_table("Milliseconds", runtime, A100_MS))
+    if memory := cells_of(record, "memory"):
+        parts.append(length_table("Peak of memory above the inputs, MiB", memory, A100_MB))
+    return "\n\n".join([*parts, f"{origin(record)}."])
+
+
+def paper_plot(record: dict, path: Path) -> None:
+    curves = {"ms, forward + backward": "runtime", "peak of memory, MiB": "memory"}
+    curves = {label: cells_of(record, feature) for label, feature in curves.items()}
+    curves = {label: cells for label, cells in curves.items() if cells}
+    gpt2 = cells_of(record, "gpt2")
+    count = len(curves) + len(gpt2)
+    figure, (panels,) = pyplot.subplots(
+        1, count, figsize=(4 * count, 3.2), squeeze=False, layout="constrained"
+    )
+    for panel, (label, cells) in zip(panels, curves.items()):
+        for peer, color in PAPER_COLORS.items():
+            points = [(c["length"], results(c)[peer]) for c in cells if peer in results(c)]
+            if points:
+                panel.plot(*zip(*points), "o-", color=color, label=peer, markersize=4)
+        against_length(panel)
+        panel.set_yscale("log", base=10)
+        panel.yaxis.set_major_formatter(FuncFormatter("{:,g}".format))
+        panel.set(xlabel="sequence length", title=f"{label}\n{call(cells[0])}")
+        panel.title.set_fontsize("small")
+    panels[0].legend(fontsize="small")
+    for panel, cell in zip(panels[len(curves) :], gpt2):
+        ms = dict(sorted(results(cell).items(), key=lambda item: -item[1]))
+        bars = panel.barh(list(ms), list(ms.values()), color=[PAPER_COLORS[peer] for peer in ms])
+        panel.bar_label(bars, fmt=lambda ms: f" {number(ms)}")
+        panel.margins(x=0.2)
+        panel.invert_yaxis()
+        panel.set(xlabel="ms", title=f"GPT-2 medium, N = {cell['length']}\n{call(cell)}")
+        panel.title.set_fontsize("small")
     figure.savefig(path, dpi=130)
-
-
-def gpu_origin(record: dict) -> str:
-    cells = record["cells"]
-    commits = ", ".join(dict.fromkeys(cell["commit"] for cell in cells))
-    return (
-        f"{record['device']}, torch {record['versions']['torch']}, CUDA {record['cuda']}, cuDNN "
-        f"{record['cudnn']}, driver {record['driver']}, commit {commits}, {record['date'][:10]}"
-    )
 
 
 def the_table(record: dict) -> list[dict]:
@@ -160,14 +269,14 @@ def gpu_table(record: dict) -> str:
     others = [
         [cell["feature"], cell["bias"] or "", cell["dtype"], cell["head_dim"],
          MASK[cell["causal"]], cell["length"], way,
-         *(gpu_entry(cell[way]["hot"], peer) for peer in ("naive", *GPU_COLORS))]
+         *(gpu_entry(cell[way]["hot"], peer) for peer in GPU_COLORS)]
         for cell in record["cells"]
         if cell["feature"] != "plain"
-        for way in ("forward", "backward", "both")
+        for way in ("forward", "backward")
         if way in cell
     ]  # fmt: skip
     if others:
-        headers = ["feature", "bias", "dtype", "d", "mask", "length", "pass", "naive", *GPU_COLORS]
+        headers = ["feature", "bias", "dtype", "d", "mask", "length", "pass", *GPU_COLORS]
         text += "\n\nOther features, likewise against each of the peers:\n\n"
         text += tabulate(others, headers, "github", disable_numparse=True)
     if "host_us" in record:
@@ -179,7 +288,7 @@ def gpu_table(record: dict) -> str:
         rows = [[peer, *(row.get(d, "") for d in directions)] for peer, row in by_peer.items()]
         text += "\n\nMicroseconds that the host is busy with a tiny call (1 x 2 x 16 x 64):\n\n"
         text += tabulate(rows, ["", *directions], "github", disable_numparse=True)
-    return f"{text}\n\n{gpu_origin(record)}."
+    return f"{text}\n\n{origin(record)}."
 
 
 def gpu_entry(peers: dict, name: str) -> str:
@@ -210,10 +319,8 @@ def gpu_plot(record: dict, path: Path) -> None:
             ]
             if points:
                 panel.plot(*zip(*points), "o-", color=color, label=peer, markersize=4)
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(FuncFormatter("{:.0f}".format))
+        against_length(panel)
         panel.set_title(f"{way}, {MASK[causal]}, d = {d}")
-        panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
     axes[0][0].set_ylim(bottom=0)
     figure.supxlabel("sequence length")
@@ -235,23 +342,40 @@ def splice(document: Path, name: str, content: str) -> None:
     document.write_text(text)
 
 
+REPORTS = (  # benchmark, machine, document, place in it, text, picture
+    ("cpu", "cpu", "README.md", "cpu", cpu_table, cpu_plot),
+    ("gpu", "gpu", "README.md", "gpu", gpu_table, gpu_plot),
+    ("paper", "cpu", "README.md", "memory", memory_table, paper_plot),
+    ("paper", "gpu", "README.md", "gpt2", gpt2_summary, paper_plot),
+    ("paper", "cpu", "docs/paper.md", "paper_cpu", paper_tables, paper_plot),
+    ("paper", "gpu", "docs/paper.md", "paper_gpu", paper_tables, paper_plot),
+)
+
+
+def newest_records() -> dict[tuple[str, str], dict]:
+    newest = {}
+    for path in RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        key = path.name.split("_")[0], "gpu" if "device" in record else "cpu"
+        newest[key] = max(record, newest.get(key, record), key=lambda record: record["date"])
+    return newest
+
+
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name, table, plot in (
-        ("cpu", cpu_table, cpu_plot),
-        ("memory", memory_table, memory_plot),
-        ("gpu", gpu_table, gpu_plot),
-    ):
-        records = [json.loads(path.read_text()) for path in RESULTS.glob(f"{name}_*.json")]
-        if not records:
-            print(f"no result of {name} yet")
+    records = newest_records()
+    for benchmark, machine, document, place, text, plot in REPORTS:
+        record = records.get((benchmark, machine))
+        if not record:
+            print(f"no result of {benchmark} on a {machine.upper()} yet")
             continue
-        record = max(records, key=lambda record: record["date"])
+        name = benchmark if benchmark == machine else f"{benchmark}_{machine}"
         image = IMAGES / f"benchmark_{name}.png"
         plot(record, image)
-        picture = f"![{name} benchmark]({image.relative_to(ROOT)})"
-        splice(ROOT / "README.md", name, f"{table(record)}\n\n{picture}")
-        print(f"README.md and {image.relative_to(ROOT)}: {record['commit']}, {record['date']}")
+        path = ROOT / document
+        picture = f"![{place} benchmark]({os.path.relpath(image, path.parent)})"
+        splice(path, place, f"{text(record)}\n\n{picture}")
+        print(f"{document} and {image.name}: {record['commit']}, {record['date']}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ tiled walkthrough elsewhere (see `fallback`).
 """
 
 import math
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _C, checks
@@ -111,13 +111,19 @@ def foreign(*tensors: Tensor | None) -> str | None:
         if _is_nested(tensor):
             return "a nested tensor"
         overrides = getattr(kind, "__torch_function__", plain) is not plain
-        if overrides and kind is not Tensor and kind is not CausalBias:
+        if overrides and kind is not Tensor and not _is_causal_bias(tensor):
             return f"a {kind.__name__}, a type that overrides functions"
     return None
 
 
 def _is_nested(tensor: Tensor | None) -> bool:
     return getattr(tensor, "is_nested", False)
+
+
+def _is_causal_bias(tensor: Tensor | None) -> bool:
+    """Whether it is a CausalBias. Who has one has imported it; we do not: that takes a second."""
+    bias = sys.modules.get("torch.nn.attention.bias")
+    return bias is not None and isinstance(tensor, bias.CausalBias)
 
 
 class Call(NamedTuple):
@@ -150,7 +156,7 @@ def canonicalize(
     dropout_p = checks.probability(dropout_p)
 
     bias = None
-    if attn_mask is not None and isinstance(attn_mask, CausalBias):
+    if _is_causal_bias(attn_mask):
         if is_causal:
             raise ValueError("CausalBias should not be used with causal=True")
         bias, attn_mask, is_causal = attn_mask, None, True
@@ -186,8 +192,9 @@ def _autocast(query: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
     )
 
 
-def _diagonal_offset(bias: CausalBias, L: int, S: int) -> int:
-    if bias.variant == CausalVariant.UPPER_LEFT:
+def _diagonal_offset(bias: Tensor, L: int, S: int) -> int:
+    """bias: a CausalBias."""
+    if bias.variant.name == "UPPER_LEFT":
         return 0
     if (bias.seq_len_q, bias.seq_len_kv) != (L, S):
         raise RuntimeError(

@@ -38,6 +38,12 @@ class Samples:
         low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
         return low, high
 
+    @property
+    def summary(self) -> dict[str, float]:
+        """What a result file keeps."""
+        low, high = self.quartiles
+        return {"median": self.median, "p25": low, "p75": high}
+
     def __truediv__(self, other: "Samples") -> "Samples":
         """Round by round, so that what slowed down both of a round cancels out."""
         return Samples([a / b for a, b in zip(self.values, other.values, strict=True)])

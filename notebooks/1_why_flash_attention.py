@@ -9,6 +9,8 @@
 # You should know PyTorch. You need not know anything about GPUs, nor have one.
 
 # %%
+import os
+
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot
@@ -35,8 +37,9 @@ plots.party()
 pyplot.show()
 
 # %% [markdown]
-# Each conversation is a number, a *score*, and the textbook way is to write all of them into a
-# matrix $S$ of size $N \times N$, for each head of each layer.
+# What A thinks of B is not what B thinks of A, and everybody has thoughts about themselves: $N$
+# guests make $N^2$ of these numbers, called *scores*. The textbook way is to write all of them into
+# a matrix $S$ of size $N \times N$, for each head of each layer.
 #
 # ### Exercise 1: how large is S?
 #
@@ -77,9 +80,10 @@ for name, n in texts.items():
 # This is textbook attention, as it was in the first GPT-2:
 #
 # ```python
-# S = Q @ K.transpose(-2, -1) * scale      # [B, H, N, N] S = S.masked_fill(~causal, -inf)         #
-# [B, H, N, N] P = dropout(softmax(S, dim=-1))          # [B, H, N, N] O = P @ V
-# # [B, H, N, D]
+# S = Q @ K.transpose(-2, -1) * scale  # [B, H, N, N]
+# S = S.masked_fill(future, -inf)      # [B, H, N, N]
+# P = dropout(softmax(S, dim=-1))      # [B, H, N, N]
+# O = P @ V                            # [B, H, N, D]
 # ```
 #
 # We run it forward and backward for growing $N$ and look at two things: the time, and the bytes
@@ -126,9 +130,9 @@ def draw(lengths, seconds, megabytes):
 lengths = [128, 256, 512, 1024, 2048] if device == "cpu" else [512, 1024, 2048, 4096, 8192]
 seconds, megabytes = measure({"naive": textbook}, lengths)
 draw(lengths, seconds, megabytes)
-slower = seconds["naive"][-1] / seconds["naive"][-2]
-more = megabytes["naive"][-1] / megabytes["naive"][-2]
-print(f"the last doubling of N: {slower:.1f} times the time, {more:.1f} times the memory")
+slower = seconds["naive"][-1] / seconds["naive"][-3]
+more = megabytes["naive"][-1] / megabytes["naive"][-3]
+print(f"four times the tokens, at last: {slower:.0f} times the time, {more:.0f} times the memory")
 assert megabytes["naive"][-1] > 3 * megabytes["naive"][-2]
 
 # %% [markdown]
@@ -243,7 +247,8 @@ for name, row in table.items():
 # %% [markdown]
 # Some more arithmetic, **nine times fewer bytes**; in the paper's measurement the time fell from
 # 41.7 to 7.3 ms. (How these are counted, and what the paper leaves open, is written in
-# `traffic.paper_table`; notebook 3 takes the count apart.)
+# `traffic.paper_table`; notebook 3 takes the count apart. The times measured again, on a GPU and on
+# a CPU, are in `docs/paper.md`.)
 #
 # ## Three lines
 #
@@ -284,6 +289,24 @@ assert megabytes["ours"][-1] < 2.5 * megabytes["ours"][-2]
 # %% [markdown]
 # The memory has become a line of slope one: twice the tokens, twice the bytes. The time still has
 # slope two, as $N^2$ scores are still computed, exactly; they just do not travel any more.
+#
+# Back to the book that a model shall remember. Going by the last point of each curve, how long may
+# a text be until *one layer* of 16 heads has filled the memory of this machine?
+
+# %%
+if device == "cuda":
+    memory = torch.cuda.get_device_properties(0).total_memory
+else:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+times = memory / 2**20 * HEADS / 16  # how many times the MiB of HEADS heads fit for 16
+print(f"with {memory / 2**30:.0f} GiB:")
+for name, power in (("naive", 2), ("ours", 1)):  # the bytes grow with this power of N
+    longest = lengths[-1] * (times / megabytes[name][-1]) ** (1 / power)
+    fits = [text for text, n in texts.items() if n <= longest]
+    print(f"{name:6} {longest:12,.0f} tokens: {fits[-1]}")
+
+# %% [markdown]
+# (To hold it. To compute it takes a while, still: that is the $N^2$ of the time.)
 #
 # A model that exists already need not be touched. `enable()` puts ours in the place of PyTorch's
 # function, wherever it is called, until `disable()`:

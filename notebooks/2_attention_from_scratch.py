@@ -108,9 +108,27 @@ exercises.one_query(my_one_query)
 # %% [markdown]
 # ## Step 4: all queries at once
 #
-# Every token asks a question of its own. Stack the queries, and the scores are one matrix product,
-# the mixtures another. This is the whole formula, and the two shape comments in its middle are the
-# trouble of this series:
+# Every token asks a question of its own. Where does it come from? From the token itself, times a
+# matrix $W_Q$ that says what a token like this looks for: a pronoun for something living, an action
+# for whoever does it and for a place. Here it is made by hand, as the features are; a model learns
+# it, and likewise a $W_K$ (what a token has to offer) and a $W_V$ (what it hands over).
+
+# %%
+W_Q = torch.tensor(
+    [  # looks for: living, place, action, pronoun
+        [0.0, 0.0, 1.5, 0.0],  # something living
+        [0.0, 0.0, 0.5, 0.0],  # a place
+        [1.5, 0.5, 0.0, 0.0],  # an action
+        [1.5, 0.2, 0.0, 0.0],  # a pronoun
+    ]
+)
+queries = features @ W_Q  # [9, 4]
+print("it     looks for", queries[7])
+print("purred looks for", queries[8])
+
+# %% [markdown]
+# Stack the queries, and the scores are one matrix product, the mixtures another. This is the whole
+# formula, and the two shape comments in its middle are the trouble of this series:
 
 
 # %%
@@ -157,7 +175,7 @@ def causal_attention(Q, K, V):
 expected = F.scaled_dot_product_attention(Q, K, V, is_causal=True)
 assert torch.allclose(causal_attention(Q, K, V), expected, atol=1e-6)
 
-S = features @ features.T / math.sqrt(4)
+S = queries @ features.T / math.sqrt(4)
 future = torch.ones_like(S).triu(1).bool()
 _, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.6))
 plots.attention_map(left, torch.softmax(S, -1), tokens, "every token sees all")
@@ -166,8 +184,10 @@ plots.attention_map(right, masked, tokens, "causal: only what came before")
 pyplot.show()
 
 # %% [markdown]
-# A row is a query, a column a key. Half of the picture on the right is empty, for every causal
-# model: FlashAttention skips that half instead of computing and hiding it.
+# A row is a query, a column a key. *sat*, *it* and *purred* find the cat, while *the* has nothing
+# to ask and looks everywhere. On the left the cat finds what it does, *sat* and *purred*; on the
+# right neither has happened yet. Half of the picture on the right is empty, for every causal model:
+# FlashAttention skips that half instead of computing and hiding it.
 #
 # ## Step 6: many heads
 #
@@ -327,7 +347,7 @@ axes.stackplot(
 )
 axes.set_xticks(range(len(lengths)), lengths)
 axes.set(xlabel="sequence length N", ylabel="% of a layer's operations", ylim=(0, 100))
-axes.legend(loc="upper left", fontsize=8)
+axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
 pyplot.show()
 
 # %% [markdown]

@@ -19,6 +19,7 @@
 # %%
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from matplotlib import pyplot
 import flash_attn_ext
 from flash_attn_ext.measure import take_turns
 from flash_attn_ext.series import exercises, plots, traffic
-from flash_attn_ext.series.traffic import GPT2_MEDIUM, block_sizes, paper_table
+from flash_attn_ext.series.traffic import GPT2_MEDIUM, ON_CHIP, block_sizes, paper_table
 
 plots.use_style()
 torch.manual_seed(3)
@@ -108,7 +109,7 @@ levels = [
     (
         name,
         f"{rate / 1e9:5.0f} GB/s"
-        + (f"    {caches[name] / 2**10:,.0f} KiB" if name in caches else ""),
+        + (f"    {plots.size_name(caches[name])}" if name in caches else ""),
     )
     for name, rate in measured.items()
 ]
@@ -125,7 +126,8 @@ if torch.cuda.is_available():
     gpu_rates = []
     for size in gpu_sizes:
         source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-        sample = take_turns({"": lambda: target.copy_(source)}, device="cuda", seconds=0.3)  # noqa: B023
+        copy = partial(target.copy_, source)
+        sample = take_turns({"": copy}, device="cuda", seconds=0.3, sample_seconds=0.005)
         gpu_rates.append(2 * size / sample[""].best)
     _, axes = pyplot.subplots(figsize=(8, 3))
     plots.bandwidths(axes, gpu_sizes, gpu_rates, {})
@@ -165,43 +167,57 @@ exercises.product_intensity(my_product_intensity)
 #
 # Both limits in one picture: what is within reach of a step is `min(peak, bandwidth x intensity)`.
 # It looks like a roof: a slope where memory is the limit, flat where arithmetic is. The peak is
-# measured with a large matrix product, and the dots are the steps of attention, measured on this
-# CPU, with $S$ too large for the caches.
+# measured with a large matrix product, and the dots are the steps of attention, measured here, with
+# $S$ too large for the caches.
+
 
 # %%
-a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-heads, n, d = 12, 1024, 64
-q, k, v = (torch.randn(1, heads, n, d) for _ in range(3))
-hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
-S = q @ k.mT
-P = torch.softmax(S, dim=-1)
-minus_infinity = torch.tensor(-torch.inf)
-calls = {
-    "peak": lambda: a @ b,
-    "S = Q Kᵀ": lambda: torch.matmul(q, k.mT, out=S),
-    "mask S": lambda: torch.where(hidden, minus_infinity, S, out=P),
-    "P = softmax S": lambda: torch.softmax(S, dim=-1, out=P),
-    "O = P V": lambda: P @ v,
-}
-seconds = {name: sample.best for name, sample in take_turns(calls, seconds=5).items()}
-peak = 2 * 1024**3 / seconds["peak"]
-standard = traffic("standard", heads=heads, seq_q=n, head_dim=d, element=4, mask=True)
-points = {
-    step.name: (step.intensity, step.flops / seconds[step.name], step.kind)
-    for step in standard.forward
-}
+def draw_roofline(device, dtype, heads, roofs, on_chip):
+    """roofs: bytes/s by memory, the slow one first. on_chip: bytes that the tiles may fill."""
+    options = {"device": device, "dtype": dtype}
+    n, d, side = 1024, 64, 1024 if device == "cpu" else 8192
+    a, b = torch.randn(side, side, **options), torch.randn(side, side, **options)
+    q, k, v = (torch.randn(1, heads, n, d, **options) for _ in range(3))
+    hidden = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
+    S = q @ k.mT
+    P = torch.softmax(S, dim=-1)
+    minus_infinity = torch.tensor(-torch.inf, **options)
+    calls = {
+        "peak": lambda: a @ b,
+        "S = Q Kᵀ": lambda: torch.matmul(q, k.mT, out=S),
+        "mask S": lambda: torch.where(hidden, minus_infinity, S, out=P),
+        "P = softmax S": lambda: torch.softmax(S, dim=-1, out=P),
+        "O = P V": lambda: P @ v,
+        "flash": lambda: flash_attn_ext.scaled_dot_product_attention(q, k, v),
+    }
+    samples = take_turns(calls, device=device, seconds=5)
+    seconds = {name: sample.best for name, sample in samples.items()}
 
-flash = traffic(
-    "flash", heads=heads, seq_q=n, head_dim=d, element=4, on_chip=caches.get("L2", 2**20)
-).forward
-time_of_flash = best_seconds(lambda: flash_attn_ext.scaled_dot_product_attention(q, k, v))
-points["all of attention, tiled"] = (flash.intensity, flash.flops / time_of_flash, "flash")
+    shape = {"heads": heads, "seq_q": n, "head_dim": d, "element": q.element_size()}
+    standard = traffic("standard", **shape, mask=True).forward
+    flash = traffic("flash", **shape, on_chip=on_chip).forward
+    assert flash.intensity > 5 * standard.intensity
+    points = {
+        step.name: (step.intensity, step.flops / seconds[step.name], step.kind) for step in standard
+    }
+    points["all of attention, tiled"] = (flash.intensity, flash.flops / seconds["flash"], "flash")
+    _, axes = pyplot.subplots(figsize=(8, 4))
+    plots.roofline(axes, 2 * side**3 / seconds["peak"], roofs, points)
+    axes.set_title("this CPU, one thread" if device == "cpu" else torch.cuda.get_device_name())
+    pyplot.show()
 
-_, axes = pyplot.subplots(figsize=(8, 4))
-roofs = {"DRAM": measured["DRAM"], borders[0][0]: measured[borders[0][0]]}
-plots.roofline(axes, peak, roofs, points)
-pyplot.show()
-assert flash.intensity > 5 * standard.forward.intensity
+
+first = borders[0][0]
+draw_roofline(
+    "cpu",
+    torch.float32,
+    heads=12,
+    roofs={"DRAM": measured["DRAM"], first: measured[first]},
+    on_chip=caches.get("L2", 2**20),
+)
+if torch.cuda.is_available():
+    roofs = {"HBM": gpu_rates[-1], "L2": max(gpu_rates)}
+    draw_roofline("cuda", torch.float16, heads=256, roofs=roofs, on_chip=ON_CHIP)
 
 # %% [markdown]
 # Mask and softmax cling to the slope on the left: no cleverer exponential would help them. The
@@ -209,7 +225,8 @@ assert flash.intensity > 5 * standard.forward.intensity
 # under the flat part of the roof, and nothing but arithmetic limits it.
 #
 # (Dots below their roof have other troubles: work that is not done in the widest instructions, for
-# example. Dots above the orange line got a part of their data from a cache.)
+# example; and a CPU reads a line of memory before it writes to it, which nobody has counted here.
+# Dots above the orange line got a part of their data from a cache.)
 #
 # ## Counting bytes
 #
@@ -241,8 +258,9 @@ print(f"{standard.of_kind('product').flops / standard.flops:.0%} of standard att
 # Mask, softmax and dropout move nothing at all any more: they happen on a tile that is on chip.
 #
 # The paper prints a table for this very case. Its bytes are the count above. Its FLOPs are
-# stranger, and how they can be explained is written in `traffic.paper_table`: the products seem to
-# be those of one head, while everything else is of all sixteen.
+# stranger: the products seem to be those of one head, while everything else is of all sixteen, and
+# of what FlashAttention computes twice only the product is in. How one finds out is written in
+# `traffic.paper_table`.
 
 # %%
 for name, row in paper_table().items():

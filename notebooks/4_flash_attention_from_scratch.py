@@ -288,6 +288,25 @@ def my_can_skip(rows, cols):
 exercises.can_skip(my_can_skip)
 
 # %% [markdown]
+# ### Exercise 4: two halves of the keys
+#
+# A long text is shared out: one GPU has the first half of $K$ and $V$, another the second, and both
+# have run the forward for the same queries. Here are their results, finished, each divided by its
+# own $l$. What are $O$ and `lse` over all keys? (Ring attention and flash decoding stand on this,
+# and so do our C kernels where a few queries have many keys, for threads to share.)
+
+
+# %%
+def my_merge_outputs(O1, lse1, O2, lse2):
+    # O1, O2: [M, Dv]   lse1, lse2: [M, 1]
+    # lse = ...
+    # return O, lse
+    ...
+
+
+exercises.merge_outputs(my_merge_outputs)
+
+# %% [markdown]
 # ## Step 5: the backward, on paper
 #
 # Given $dO$, the gradient of the loss with respect to $O$, we want $dQ$, $dK$ and $dV$. Walk back
@@ -322,7 +341,7 @@ assert torch.allclose((P * dP).sum(dim=1), (do * (P @ v)).sum(dim=1))
 print("delta, both ways, the same for all 50 rows")
 
 # %% [markdown]
-# ### Exercise 4: back through the softmax, for one tile
+# ### Exercise 5: back through the softmax, for one tile
 #
 # You get tiles of $P$ and $dP$, and the whole rows of $O$ and $dO$ that belong to them. Return the
 # tile of $dS$.
@@ -483,6 +502,13 @@ quote.show(c_forward)
 quote.show(quote.function("cpu/forward.inl", "online_softmax"))
 
 # %% [markdown]
+# And this is exercise 4, for threads that had some of the keys each. They hand over what is not yet
+# divided by $l$, with $m$ and $l$ instead of `lse`:
+
+# %%
+quote.show(quote.function("cpu/forward.inl", "forward_merge"))
+
+# %% [markdown]
 # Now CUDA, for tensor cores. A *block* of threads owns a tile of queries, and each *warp* of 32
 # threads owns some rows of it. $S$, $P$, $O$, $m$ and $l$ live in registers, $K$ and $V$ pass
 # through shared memory. What is new is `cp_async`: while the tensor cores multiply, the next tile
@@ -553,8 +579,8 @@ side_by_side(
         ("$S = Q K^T$ and $dP = dO V^T$", "gemm", "multiply_rows"),
         ("$P = e^{S - lse}$", "probabilities_and_dS", "exponentiate"),
         ("$dS = P (dP - \\delta)$", "probabilities_and_dS", "differentiate"),
-        ("$dV$ += $P^T dO$", "s->dV", "dV"),
-        ("$dK$ += $dS^T Q$", "s->dK", "dK"),
+        ("$dV$ += $P^T dO$", "gemm(tile->dV", "dV"),
+        ("$dK$ += $dS^T Q$", "gemm(tile->dK", "dK"),
         ("$dQ$ += $dS K$", "gemm(dQ", "add_dq"),
     ],
     c_backward,
@@ -623,33 +649,58 @@ pyplot.show()
 # left is arithmetic, and now it pays to be good at it: from portable C to vectors, the same loop
 # gains more than everything before.
 #
-# Further rungs need a GPU. Here is what has been recorded on one (`make bench-gpu`): the attention
-# of GPT-2 medium, forward and backward, with the shapes of the paper's table, where the paper's
-# A100 took 41.7 ms for the textbook and 7.3 ms for the first FlashAttention.
+# Further rungs need a GPU. Here is what has been recorded on one. First the attention of GPT-2
+# medium, forward and backward, with the shapes of the paper's table (`make paper`), where an A100
+# took 41.7 ms for the textbook and 7.3 ms for the first FlashAttention.
+
 
 # %%
-recorded = sorted(Path("../benchmarks/results").glob("gpu_*.json"))
-for path in recorded:
-    record = json.loads(path.read_text())
-    print(f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}")
-    for cell in record["cells"]:
-        if cell["feature"] == "gpt2" and "both" in cell:
-            peers = cell["both"]["hot"]
-            times = {name: peer["seconds"]["median"] for name, peer in peers.items()}
-            slowest_first = dict(sorted(times.items(), key=lambda item: -item[1]))
-            _, axes = pyplot.subplots(figsize=(7.5, 2.2))
-            plots.ladder(axes, slowest_first, base=next(iter(slowest_first)))
-            axes.set_title(f"B = {cell['batch']}, H = {cell['heads']}, N = {cell['length']}, fp16")
-            pyplot.show()
-        elif cell["feature"] == "plain" and (cell["head_dim"], cell["length"]) == (128, 4096):
-            for way in ("forward", "backward"):
-                rates = {name: peer["tflops"] for name, peer in cell[way]["hot"].items()}
-                listed = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
-                print(f"d = 128, N = 4096, causal = {cell['causal']}, {way}, TFLOP/s: {listed}")
-if not recorded:
-    print("No record in this version: run this notebook on a GPU, it measures there by itself.")
+def recorded(benchmark):
+    """What was measured on a GPU, with the name of each: its cells."""
+    for path in sorted(Path("../benchmarks/results").glob(f"{benchmark}_*.json")):
+        record = json.loads(path.read_text())
+        if "device" in record:
+            yield record["device"], record["cells"]
+
+
+def draw_record(seconds, base, title):
+    label = {"naive": "naive", "ours": "ours"}  # and the rest are backends of SDPA
+    times = {label.get(name, f"SDPA: {name}"): value for name, value in seconds.items()}
+    _, axes = pyplot.subplots(figsize=(7.5, 2.2))
+    plots.ladder(axes, dict(sorted(times.items(), key=lambda item: -item[1])), base=base)
+    axes.set_title(title)
+    pyplot.show()
+
+
+for gpu, cells in recorded("paper"):
+    for cell in cells:
+        if cell["feature"] == "gpt2":
+            medians = {name: s["median"] for name, s in cell["seconds"].items()}
+            draw_record(medians, "naive", f"{gpu}: GPT-2 medium, B = {cell['batch']}, float16")
 
 # %% [markdown]
+# `efficient` and `flash` are backends of SDPA; `flash` is FlashAttention-2, on tensor cores by the
+# instructions of 2020, like our `forward_sm80.cu` and `backward_sm80.cu`. The rung above them is
+# Hopper: `wgmma`, which multiplies whole tiles straight out of shared memory, and TMA, which brings
+# them there (`forward_sm90.cu`, quoted above). The forward alone, without dropout, shows what it is
+# worth (`make bench-gpu`):
+
+# %%
+for gpu, cells in recorded("gpu"):
+    for cell in cells:
+        shape = [cell[name] for name in ("feature", "head_dim", "length", "causal")]
+        if shape == ["plain", 128, 4096, False]:
+            for way in ("forward", "backward"):
+                peers = cell[way]["hot"]
+                medians = {name: peer["seconds"]["median"] for name, peer in peers.items()}
+                draw_record(medians, "SDPA: flash", f"{gpu}: {way}, d = 128, N = 4096, bfloat16")
+                rates = [f"{name} {peer['tflops']:.0f}" for name, peer in peers.items()]
+                print(f"{way}, TFLOP/s: {', '.join(rates)}")
+
+# %% [markdown]
+# In both pictures a longer bar above ours is a gap that is still to be closed: what has been tried,
+# and what it brought, is in `docs/performance.md`.
+#
 # ## Where to go from here
 #
 # * `docs/design.md`: the way through the code, from the Python call to the registers.
@@ -689,6 +740,15 @@ def solved_can_skip(rows, cols):
 
 
 exercises.can_skip(solved_can_skip)
+
+
+# %%
+def solved_merge_outputs(O1, lse1, O2, lse2):
+    lse = torch.logaddexp(lse1, lse2)
+    return torch.exp(lse1 - lse) * O1 + torch.exp(lse2 - lse) * O2, lse
+
+
+exercises.merge_outputs(solved_merge_outputs)
 
 
 # %%

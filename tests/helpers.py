@@ -395,6 +395,25 @@ def in_new_process(code: str, *args: object, **environment: str) -> subprocess.C
     )
 
 
+# A forward and a backward on a GPU, twice, as a program of its own would run them.
+TRAIN = """
+import torch
+from flash_attn_ext import explain, scaled_dot_product_attention
+from flash_attn_ext.series import naive
+
+q, k, v = (torch.randn(1, 2, 100, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+           for _ in range(3))
+for _ in range(2):
+    out = scaled_dot_product_attention(q, k, v, is_causal=True)
+    expected = naive.attention(q.float(), k.float(), v.float(), scale=0.125, window=(-1, 0))
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=2e-3)
+    for ours, theirs in zip(torch.autograd.grad(out.sum(), (q, k, v)),
+                            torch.autograd.grad(expected.sum(), (q, k, v))):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=5e-3)
+print(explain(q, k, v, is_causal=True))
+"""
+
+
 # --- which operators ran ---------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import (
+    TRAIN,
     assert_agree,
     forward_backward,
     in_new_process,
@@ -100,26 +101,10 @@ def test_threads_compile_at_once(tmp_path):
     assert len(entries) >= 2 and all(entry.suffix == ".cubin" for entry in entries)
 
 
-TRAIN_ONE_STEP = """
-import torch
-from flash_attn_ext import scaled_dot_product_attention
-from flash_attn_ext.series import naive
-
-q, k, v = (torch.randn(1, 2, 100, 64, device="cuda", dtype=torch.float16, requires_grad=True)
-           for _ in range(3))
-out = scaled_dot_product_attention(q, k, v, is_causal=True)
-expected = naive.attention(q.float(), k.float(), v.float(), scale=0.125, window=(-1, 0))
-torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=2e-3)
-for ours, theirs in zip(torch.autograd.grad(out.sum(), (q, k, v)),
-                        torch.autograd.grad(expected.sum(), (q, k, v))):
-    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=5e-3)
-"""
-
-
 def test_two_processes_fill_an_empty_cache(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("FLASH_ATTN_EXT_CACHE", str(cache))
-    command = [sys.executable, "-c", TRAIN_ONE_STEP]
+    command = [sys.executable, "-c", TRAIN]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in processes:
         _, errors = process.communicate()
@@ -127,7 +112,7 @@ def test_two_processes_fill_an_empty_cache(tmp_path, monkeypatch):
     entries = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(entries) >= 2 and all(path.suffix == ".cubin" for path in entries)
 
-    third = in_new_process(TRAIN_ONE_STEP)
+    third = in_new_process(TRAIN)
     assert third.returncode == 0, third.stderr
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == entries  # all were sound
 

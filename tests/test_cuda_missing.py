@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import in_new_process, needs_cuda
+from helpers import TRAIN, in_new_process, needs_cuda
 
 from flash_attn_ext import _C
 from flash_attn_ext.warmup import standard_calls
@@ -47,24 +47,6 @@ def test_info_says_what_is_missing(hide, library, line):
     process = hide(library, INFO)
     assert process.returncode == 0, process.stderr
     assert re.search(line, process.stdout), process.stdout
-
-
-TRAIN = """
-import torch
-from flash_attn_ext import explain, scaled_dot_product_attention
-from flash_attn_ext.series import naive
-
-q, k, v = (torch.randn(1, 2, 50, 64, device="cuda", dtype=torch.float16, requires_grad=True)
-           for _ in range(3))
-for _ in range(2):
-    out = scaled_dot_product_attention(q, k, v)
-    expected = naive.attention(q, k, v, scale=0.125)
-    torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-3)
-    for ours, theirs in zip(torch.autograd.grad(out.sum(), (q, k, v)),
-                            torch.autograd.grad(expected.sum(), (q, k, v))):
-        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=5e-3)
-print(explain(q, k, v))
-"""
 
 
 @needs_cuda

@@ -34,6 +34,19 @@ def attend(q, k, v, **options):
     return naive.attention(q, k, v, scale=q.size(-1) ** -0.5, **options)
 
 
+def right_merge_outputs(O1, lse1, O2, lse2):
+    lse = torch.logaddexp(lse1, lse2)
+    return torch.exp(lse1 - lse) * O1 + torch.exp(lse2 - lse) * O2, lse
+
+
+def merge_outputs_as(merge_O, merge_lse=torch.logaddexp):
+    def merge(O1, lse1, O2, lse2):
+        lse = merge_lse(lse1, lse2)
+        return merge_O(O1, lse1, O2, lse2, lse), lse
+
+    return merge
+
+
 RIGHT = {
     "score_bytes": lambda b, h, n, element: b * h * n**2 * element,
     "drop_in": lambda q, k, v: flash_attn_ext.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -45,6 +58,7 @@ RIGHT = {
     "smallest_block_m": lambda ridge, element: ridge * element / 2,
     "merge": right_merge,
     "online_step": right_online_step,
+    "merge_outputs": right_merge_outputs,
     "softmax_backward": lambda P, dP, O, dO: P * (dP - (dO * O).sum(1, keepdim=True)),
     "can_skip": lambda rows, cols: cols[0] > rows[-1],
 }
@@ -68,6 +82,21 @@ WRONG = [
     ("merge", lambda m1, l1, m2, l2: (m1, l1), "m should be the larger"),
     ("online_step", online_step_with(l_factor=False), "tile 2 of 3: the old l"),
     ("online_step", online_step_with(O_factor=False), "tile 2 of 3: the old O"),
+    ("merge_outputs", merge_outputs_as(lambda O1, a, O2, b, lse: O1 + O2), "come to 2"),
+    ("merge_outputs", merge_outputs_as(lambda O1, a, O2, b, lse: (O1 + O2) / 2), "weigh the same"),
+    (
+        "merge_outputs",
+        merge_outputs_as(lambda O1, a, O2, b, lse: O1, lambda a, b: a + b),
+        "TIMES",
+    ),
+    (
+        "merge_outputs",
+        merge_outputs_as(
+            lambda O1, a, O2, b, lse: (a.exp() * O1 + b.exp() * O2) / (a.exp() + b.exp()),
+            lambda a, b: torch.log(a.exp() + b.exp()),
+        ),
+        "overflows",
+    ),
     ("softmax_backward", lambda P, dP, O, dO: P * dP, "delta is missing"),
     (
         "softmax_backward",

@@ -55,3 +55,16 @@ def test_importing_is_quiet_and_changes_nothing():
     )
     assert process.returncode == 0, process.stderr
     assert not process.stdout
+
+
+def test_importing_leaves_out_what_is_slow():
+    """torch._dynamo takes as long as torch itself; matplotlib is for the notebooks alone."""
+    process = in_new_process(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import flash_attn_ext\n"
+        "print(*sorted(sys.modules.keys() - before))\n"
+    )
+    assert process.returncode == 0, process.stderr
+    assert "flash_attn_ext" in process.stdout
+    assert not re.search(r"torch\._dynamo|matplotlib|numpy", process.stdout)

@@ -334,6 +334,61 @@ def online_step(ask) -> None:
 
 
 @_exercise
+def merge_outputs(ask) -> None:
+    """ask(O1, lse1, O2, lse2) -> O, lse over all keys, from those over each half of the keys.
+
+    O: [M, Dv], divided by its l. lse: [M, 1].
+    """
+    S, V = _normal(4, 12, seed=3) * 3, _normal(12, 5, seed=4)
+    S[:, 2] += torch.tensor([0.0, 3.0, -3.0, 6.0])  # so that the halves weigh differently
+
+    def attend(S, V):
+        return torch.softmax(S, 1) @ V, torch.logsumexp(S, 1, keepdim=True)
+
+    (O1, lse1), (O2, lse2) = attend(S[:, :5], V[:5]), attend(S[:, 5:], V[5:])
+    O, lse = attend(S, V)
+    result = ask(O1, lse1, O2, lse2)
+    assert isinstance(result, tuple) and len(result) == 2, "Return two tensors: O, lse."
+    _shape(result[0], (4, 5), "O")
+    _shape(result[1], (4, 1), "lse")
+    _require(
+        result[1],
+        lse,
+        {
+            "lse1 + lse2 is the logarithm of l1 TIMES l2: add the sums, exp(lse1) + exp(lse2).": (
+                lse1 + lse2
+            ),
+            "That is the sum of the whole row; its logarithm is asked for.": lse.exp(),
+            "The larger one alone is not the whole sum.": torch.maximum(lse1, lse2),
+        },
+        "lse = log(exp(lse1) + exp(lse2))",
+    )
+    _require(
+        result[0],
+        O,
+        {
+            "Each half is divided by its own l: added up, the weights come to 2.": O1 + O2,
+            "The halves do not weigh the same: a half's share of the row is exp(lse1 - lse).": (
+                (O1 + O2) / 2
+            ),
+            "Shares of the logarithms are not shares of the sums: exp(lse1 - lse).": (
+                (lse1 * O1 + lse2 * O2) / (lse1 + lse2)
+            ),
+            "The shares are turned round: O1 has the share exp(lse1 - lse).": (
+                (lse2 - lse).exp() * O1 + (lse1 - lse).exp() * O2
+            ),
+            "The sum still has to be divided by exp(lse).": lse1.exp() * O1 + lse2.exp() * O2,
+        },
+        "O = exp(lse1 - lse) O1 + exp(lse2 - lse) O2",
+    )
+    O_far, _ = ask(O1, lse1 + 200, O2, lse2 + 200)
+    assert _same(O_far, O), (
+        "Right for these numbers, but exp(200) overflows in float32: use torch.logaddexp, or take "
+        "the larger lse off both first."
+    )
+
+
+@_exercise
 def softmax_backward(ask) -> None:
     """ask(P, dP, O, dO) -> dS, all of one tile: [M, N], [M, N], [M, Dv], [M, Dv]."""
     S, V, dO = (_normal(*shape, seed=sum(shape)) for shape in ((4, 6), (6, 3), (4, 3)))

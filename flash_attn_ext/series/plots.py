@@ -185,7 +185,8 @@ def one_query(axes: Axes, weights, tokens: Sequence[str], query: int) -> None:
             )  # fmt: skip
             axes.add_patch(arc)
         axes.text(j, -0.45, f"{float(weight):.0%}", ha="center", va="center", fontsize=8)
-    plain(axes, (-0.6, len(tokens) - 0.4), (-0.6, 0.6 + 0.25 * len(tokens)))
+    farthest = max(query, len(tokens) - 1 - query)
+    plain(axes, (-0.6, len(tokens) - 0.4), (-0.6, 0.5 + 0.24 * farthest))
 
 
 # --- notebook 3 --------------------------------------------------------------------------------
@@ -220,11 +221,12 @@ def bandwidths(
         axes.axvline(size, color=EDGE, linestyle=":", linewidth=1)
         axes.text(size, axes.get_ylim()[1], f"{name} ends ", ha="right", va="top", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _size(x)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_name(x)))
     axes.set(xlabel="size of what is read again and again", ylabel="GB/s", ylim=(0, None))
 
 
-def _size(count: float) -> str:
+def size_name(count: float) -> str:
+    """A number of bytes as one says it: "32 KiB"."""
     power = min(int(math.log2(max(count, 1)) / 10), 3)
     return f"{count / 1024**power:.0f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
@@ -253,7 +255,7 @@ def roofline(
         axes.plot([intensity], [y], "o", color=KINDS.get(kind, FAST), markersize=7)
         near = sum(max(x / intensity, intensity / x) < 1.5 for x in labelled)  # one below the other
         labelled.append(intensity)
-        place = (7, 4 - 16 * near) if near else (7, 2)
+        place = (7, -11 - 12 * near)  # below the roof
         axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -382,10 +384,10 @@ def running_softmax(axes: Axes, x, m, l, title: str = "") -> None:
 
 
 def ladder(axes: Axes, seconds: Mapping[str, float], base: str) -> None:
-    """How many times as fast as `base`, a bar each."""
+    """How many times as fast as `base`, a bar each. A name may say more after a colon."""
     names = list(seconds)
     ratios = [seconds[base] / seconds[name] for name in names]
-    shades = [PEERS.get(name, FAST) for name in names]
+    shades = [PEERS.get(name.split(":")[0], FAST) for name in names]
     axes.barh(names, ratios, color=shades)
     for name, ratio in zip(names, ratios, strict=True):
         axes.text(

@@ -13,19 +13,20 @@ What is counted:
   and writes its outputs there, each once. Masked scores need no step in the backward: their P is 0,
   so their dS is 0 as well. Dropout keeps one byte an element for the backward.
 - FlashAttention reads and writes as its loops say, with tiles that fit on chip; a cache between
-  the two memories, such as a GPU's L2, is taken to catch nothing.
+  the two memories, such as a GPU's L2, is taken to catch nothing. Dropout multiplies by 0 or by
+  1 / (1 - p), one FLOP; PyTorch's own multiplies by 0 or 1 and then by the factor, two.
 - A bool mask is shared by all heads of a batch, so that reading it is not counted.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 STATISTIC = 4  # bytes of one m, l, lse or delta: float32 whatever the inputs are
 ON_CHIP = 128 * 1024  # bytes, of the 164 KiB of an A100's multiprocessor: 256 rows at d = 64, fp16
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One line of the algorithm, for all batches and heads together."""
 
     name: str  # what is computed, as in the walkthroughs
@@ -88,8 +89,7 @@ class Traffic:
         )
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     batch: int
     heads: int
     seq_q: int
@@ -177,7 +177,7 @@ def _standard(shape: Shape) -> Traffic:
         steps.append(Step("mask S", "mask", "forward", pairs, 2 * pairs * size))
     # maximum, subtract, exp, sum, divide; S is read once, as by the best of kernels
     steps.append(Step("P = softmax S", "softmax", "forward", 5 * pairs, 2 * pairs * size))
-    if shape.dropout:  # times kept, divided by 1 - p; a byte says which were kept
+    if shape.dropout:  # times kept, times 1 / (1 - p); a byte says which were kept
         steps.append(Step("dropout of P", "dropout", "forward", 2 * pairs, pairs * (2 * size + 1)))
     steps += [
         Step("O = P V", "product", "forward", product, pairs * size + k + q),
@@ -208,10 +208,10 @@ def _forward(shape: Shape, block_m: int, block_n: int) -> Iterator[Step]:
     pairs = heads * sum(m * n for m, n in zip(lengths, keys, strict=True))
     slow = heads * row
     steps = _forward_steps(shape, pairs, _blocks(keys, lengths, block_n) * heads)
-    yield replace(steps["S"], bytes=slow * (shape.seq_q + sum(keys)))  # Q and K
+    yield steps["S"]._replace(bytes=slow * (shape.seq_q + sum(keys)))  # Q and K
     yield from steps["between"]
-    yield replace(steps["O"], bytes=slow * (shape.seq_q + sum(keys)))  # O and V
-    yield replace(steps["statistics"], bytes=heads * shape.seq_q * STATISTIC)  # lse
+    yield steps["O"]._replace(bytes=slow * (shape.seq_q + sum(keys)))  # O and V
+    yield steps["statistics"]._replace(bytes=heads * shape.seq_q * STATISTIC)  # lse
 
 
 def _forward_2022(shape: Shape, block_m: int, block_n: int) -> Iterator[Step]:
@@ -226,10 +226,10 @@ def _forward_2022(shape: Shape, block_m: int, block_n: int) -> Iterator[Step]:
     slow, visits = heads * row, sum(queries)
     to_and_fro = 2 * visits - shape.seq_q
     steps = _forward_steps(shape, pairs, visits * heads)
-    yield replace(steps["S"], bytes=slow * (visits + shape.seq_k))  # Q and K
+    yield steps["S"]._replace(bytes=slow * (visits + shape.seq_k))  # Q and K
     yield from steps["between"]
-    yield replace(steps["O"], bytes=slow * (to_and_fro + shape.seq_k))  # O and V
-    yield replace(steps["statistics"], bytes=heads * to_and_fro * STATISTIC)  # lse
+    yield steps["O"]._replace(bytes=slow * (to_and_fro + shape.seq_k))  # O and V
+    yield steps["statistics"]._replace(bytes=heads * to_and_fro * STATISTIC)  # lse
 
 
 def _forward_steps(shape: Shape, pairs: int, rescaled_rows: int) -> dict:
@@ -242,7 +242,7 @@ def _forward_steps(shape: Shape, pairs: int, rescaled_rows: int) -> dict:
     flops = 4 * pairs + rescaled_rows * (shape.head_dim + 2)
     between.append(Step("online softmax", "softmax", "forward", flops, 0))
     if shape.dropout:
-        between.append(Step("dropout of P", "dropout", "forward", 2 * pairs, 0))
+        between.append(Step("dropout of P", "dropout", "forward", pairs, 0))
     return {
         "S": Step("S = Q Kᵀ", "product", "forward", product, 0),
         "between": between,
@@ -274,11 +274,11 @@ def _backward(shape: Shape, block_m: int, block_n: int, *, fused: bool) -> Itera
         yield step("mask S, again", "mask", pairs)
     yield step("P = exp(S - lse)", "softmax", 2 * pairs)
     if shape.dropout:
-        yield step("dropout of P, again", "dropout", 2 * pairs)
+        yield step("dropout of P, again", "dropout", pairs)
     yield step("dV += Pᵀ dO", "product", product, shape.seq_k)  # dV
     yield step("dP = dO Vᵀ", "product", product, visits + shape.seq_k)  # dO and V
     if shape.dropout:
-        yield step("dropout of dP", "dropout", 2 * pairs)
+        yield step("dropout of dP", "dropout", pairs)
     yield step("dS = P (dP - δ)", "softmax", 2 * pairs)
     yield step("dQ += dS K", "product", product, 2 * visits - shape.seq_q)
     yield step("dK += dSᵀ Q", "product", product, shape.seq_k)
@@ -329,33 +329,37 @@ PAPER = {  # figure 2, left: GPT-2 medium's attention, forward and backward, on 
 def paper_table() -> dict[str, dict[str, float]]:
     """The paper's figure 2 (left) beside what is counted here, for standard and flash.
 
-    The paper says neither what it counted nor what it measured, so the rule is a guess wherever it
-    is not the one at the top of this file. What was found:
+    "GFLOP" and "GB" are counted so that they come to what is printed, to the last digit; "GFLOP,
+    all" and "GB, all" by the rules at the top of this file. The paper does not say how it counted
+    (or whether it measured), so this is what was found:
 
-    - "GB" of standard attention is the count, to the last digit printed: 18 passes over the N x N
-      matrix and 12 over N x d are 40.27 GB.
-    - "GB" of FlashAttention is algorithms 1 and 4 with tiles of 256 keys, as in the kernels that
-      came with the paper: 4.43 GB for the matrices, which is the 4.4 printed, and 4.49 GB with lse
-      and delta ("GB, all"), 2% more. Two liberties are taken with the algorithms as printed: what
-      starts at zero starts on chip, and O is read once in the backward, not once for each tile.
+    - GB of standard attention needs no rule of its own: 18 passes over the N x N matrix and 12 over
+      N x d are 40.27 GB, printed as 40.3.
+    - GB of FlashAttention is algorithms 1 and 4 with tiles of 256 keys, as in the kernels that
+      came with the paper: 4.43 GB for the matrices, printed as 4.4, and 4.49 GB with lse and delta
+      ("all"), 2% more. Two liberties are taken with the algorithms as printed: what starts at zero
+      starts on chip, and O is read once in the backward, not once for each tile.
     - GFLOP cannot be the whole count: six products are 824.6 GFLOP for 64 x 16 heads, not 66.6.
-      The paper's two figures differ by 8.6, which is one product for 64 heads, as if the products
-      were those of one head of the 16. With the other steps of all 16, 14 operations for a number
-      of S, that is 66.57: the 66.6 printed. "GFLOP" counts like this, "GFLOP, all" everything.
-    - Counted like this FlashAttention comes to 77.7, 3.3% over the printed 75.2, which is standard
-      attention plus one product and nothing else: mask, exp and dropout, which the backward does a
-      second time, and the rescaling of O seem not to be in it.
+      The printed figures differ by 8.6, which is one product for 64 heads: the products seem to be
+      those of one head of the 16. Six of them, and the 14 operations that standard attention does
+      between them for each number of S of all 16 heads, are 66.57, printed as 66.6. One product
+      more, S for the second time, makes 75.16, printed as 75.2.
+    - So the second mask, exp and dropout, and the rescaling of O, are not in the paper's figure of
+      FlashAttention. With them, and without what its tiles do not need (no P is divided by l, and
+      dropout takes one operation), its own steps are 13 operations for a number of S and a little
+      for each row of a tile: 74.50 GFLOP, 0.9% less than is printed. It makes no difference to
+      what the table says.
     """
     counted = {
         "standard": traffic("standard", **GPT2_MEDIUM),
         "flash": traffic("flash_2022", **GPT2_MEDIUM, block_m=64, block_n=256),
     }
+    between_products = counted["standard"].flops - counted["standard"].of_kind("product").flops
     table = {}
     for name, steps in counted.items():
-        products = steps.of_kind("product").flops
-        others = steps.flops - products
+        of_one_head = steps.of_kind("product").flops / GPT2_MEDIUM["heads"]
         table[name] = {
-            "GFLOP": (products / GPT2_MEDIUM["heads"] + others) / 1e9,
+            "GFLOP": (of_one_head + between_products) / 1e9,
             "GFLOP, all": steps.flops / 1e9,
             "GB": (steps.bytes - steps.of_kind("statistics").bytes) / 1e9,
             "GB, all": steps.bytes / 1e9,
