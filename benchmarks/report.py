@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -261,11 +262,28 @@ def gpu_table(record: dict) -> str:
         [d, MASK[causal], way, *(row.get(n, "") for n in lengths)]
         for (d, causal, way), row in sorted(by_row.items(), key=lambda item: item[0][:2])
     ]
-    text = (
+    table = tabulate(rows, ["d", "mask", "pass", *lengths], "github", disable_numparse=True)
+    means = [
+        f"{way} "
+        + ", ".join(f"{geometric_mean(plain, way, peer):.2f} of {peer}" for peer in GPU_COLORS)
+        for way in ("forward", "backward")
+    ]
+    return (
         "TFLOP/s of ours on bfloat16, and how many times as fast as SDPA's flash backend "
         "(FlashAttention-2), by sequence length; 16k tokens, hidden size 2048:\n\n"
-        + tabulate(rows, ["d", "mask", "pass", *lengths], "github", disable_numparse=True)
+        f"{table}\n\nGeometric means of the speed: {'; '.join(means)}. {origin(record)}."
     )
+
+
+def geometric_mean(cells: list[dict], way: str, peer: str) -> float:
+    """Of how many times as fast as a peer."""
+    timed = [cell[way]["hot"] for cell in cells if way in cell]
+    return statistics.geometric_mean(
+        peers[peer]["speedup"]["median"] for peers in timed if peer in peers
+    )
+
+
+def gpu_features(record: dict) -> str:
     others = [
         [cell["feature"], cell["bias"] or "", cell["dtype"], cell["head_dim"],
          MASK[cell["causal"]], cell["length"], way,
@@ -275,20 +293,20 @@ def gpu_table(record: dict) -> str:
         for way in ("forward", "backward")
         if way in cell
     ]  # fmt: skip
-    if others:
-        headers = ["feature", "bias", "dtype", "d", "mask", "length", "pass", *GPU_COLORS]
-        text += "\n\nOther features, likewise against each of the peers:\n\n"
-        text += tabulate(others, headers, "github", disable_numparse=True)
-    if "host_us" in record:
-        by_peer = {}
-        for result in record["host_us"]:
-            row = by_peer.setdefault(result["peer"], {})
-            row[result["direction"]] = f"{result['median']:.0f}"
-        directions = list(by_peer["ours"])
-        rows = [[peer, *(row.get(d, "") for d in directions)] for peer, row in by_peer.items()]
-        text += "\n\nMicroseconds that the host is busy with a tiny call (1 x 2 x 16 x 64):\n\n"
-        text += tabulate(rows, ["", *directions], "github", disable_numparse=True)
-    return f"{text}\n\n{origin(record)}."
+    headers = ["feature", "bias", "dtype", "d", "mask", "length", "pass", *GPU_COLORS]
+    by_peer = {}
+    for result in record["host_us"]:
+        row = by_peer.setdefault(result["peer"], {})
+        row[result["direction"]] = f"{result['median']:.0f}"
+    directions = list(by_peer["ours"])
+    host = [[peer, *(row.get(d, "") for d in directions)] for peer, row in by_peer.items()]
+    return (
+        "TFLOP/s of ours, and how many times as fast as each of SDPA's backends:\n\n"
+        f"{tabulate(others, headers, 'github', disable_numparse=True)}\n\n"
+        "Microseconds that the host is busy with a tiny call (1 x 2 x 16 x 64):\n\n"
+        f"{tabulate(host, ['', *directions], 'github', disable_numparse=True)}\n\n"
+        f"{origin(record)}."
+    )
 
 
 def gpu_entry(peers: dict, name: str) -> str:
@@ -342,9 +360,10 @@ def splice(document: Path, name: str, content: str) -> None:
     document.write_text(text)
 
 
-REPORTS = (  # benchmark, machine, document, place in it, text, picture
+REPORTS = (  # benchmark, machine, document, place in it, text, picture or None
     ("cpu", "cpu", "README.md", "cpu", cpu_table, cpu_plot),
     ("gpu", "gpu", "README.md", "gpu", gpu_table, gpu_plot),
+    ("gpu", "gpu", "docs/performance.md", "gpu_features", gpu_features, None),
     ("paper", "cpu", "README.md", "memory", memory_table, paper_plot),
     ("paper", "gpu", "README.md", "gpt2", gpt2_summary, paper_plot),
     ("paper", "cpu", "docs/paper.md", "paper_cpu", paper_tables, paper_plot),
@@ -369,13 +388,15 @@ def main() -> None:
         if not record:
             print(f"no result of {benchmark} on a {machine.upper()} yet")
             continue
-        name = benchmark if benchmark == machine else f"{benchmark}_{machine}"
-        image = IMAGES / f"benchmark_{name}.png"
-        plot(record, image)
         path = ROOT / document
-        picture = f"![{place} benchmark]({os.path.relpath(image, path.parent)})"
-        splice(path, place, f"{text(record)}\n\n{picture}")
-        print(f"{document} and {image.name}: {record['commit']}, {record['date']}")
+        content = text(record)
+        if plot:
+            name = benchmark if benchmark == machine else f"{benchmark}_{machine}"
+            image = IMAGES / f"benchmark_{name}.png"
+            plot(record, image)
+            content += f"\n\n![{place} benchmark]({os.path.relpath(image, path.parent)})"
+        splice(path, place, content)
+        print(f"{document}, {place}: {record['commit']}, {record['date']}")
 
 
 if __name__ == "__main__":
