@@ -77,6 +77,27 @@ def test_forward_of_hopper(features, sizes, seed):
     assert max_abs(ours.double() - truth) <= allowed
 
 
+# Likewise of backward_sm90.c: each tile, head sizes that leave panels empty, more tiles of queries
+# than buffers, blocks that see none.
+@pytest.mark.parametrize(
+    "features,sizes",
+    [
+        ("causal", {"seq_q": 700, "seq_k": 300, "head_dim": 64}),
+        ("window+dropout", {"seq_q": 300, "seq_k": 500, "head_dim": 64}),
+        ("grouped", {"seq_q": 300, "seq_k": 130, "head_dim": 128}),
+        ("causal+dropout", {"seq_q": 130, "seq_k": 300, "head_dim": 128}),
+        ("bottom_right", {"seq_q": 200, "seq_k": 200, "head_dim": 96}),
+        ("causal+grouped", {"seq_q": 300, "seq_k": 200, "head_dim": 256}),
+        ("dropout", {"seq_q": 70, "seq_k": 200, "head_dim": 256}),
+        ("window", {"seq_q": 200, "seq_k": 300, "head_dim": 160}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+)
+def test_backward_of_hopper(features, sizes, seed):
+    case = make_case(features, dtype=torch.bfloat16, batch=1, heads=2, **sizes)
+    assert_accurate(case, emulated(90, seed=seed))
+
+
 @pytest.mark.parametrize("many_multiprocessors", [False, True], ids=["few", "many"])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_scores_that_rise(arch, many_multiprocessors, seed):

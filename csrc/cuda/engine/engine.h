@@ -3,6 +3,8 @@
  *     launch.c     the entry points: fill in a struct fa_kernel_params and launch
  *     variants.c   which kernels a call takes, compiled for what, with which tiles
  *     forward_sm90.c  ... for the forward of sm_90a, and its tensor maps
+ *     backward_sm90.c ... for its backward
+ *     tensor_map.c what these two share
  *     functions.c  a variant's function on a device, found in memory or loaded
  *     cache.c      a variant's machine code, from disk or from the compiler
  *     compiler.c   NVRTC: embedded source -> machine code
@@ -44,6 +46,8 @@ enum fa_cuda_kernel {
     FA_CUDA_BACKWARD_DQ,
     FA_CUDA_BACKWARD_MASK,
     FA_CUDA_FORWARD_SM90,
+    FA_CUDA_BACKWARD_SM90,
+    FA_CUDA_BACKWARD_WIDE_SM90,
 };
 
 /* All that a kernel is compiled for: equal bytes, equal machine code. What does not concern a
@@ -59,7 +63,7 @@ struct fa_cuda_variant {
     uint8_t mask_grad; /* 0 none, 1 added up atomically, 2 stored, for it broadcasts nothing, 3
                           stored in dtype */
 
-    /* forward_sm90: buffers of Q; whether warpgroups take turns; FA_MASK_TILES */
+    /* of sm_90a: buffers of Q; in the forward, whether warpgroups take turns, and FA_MASK_TILES */
     uint8_t q_buffers, ping_pong;
     uint16_t mask_tiles;
 
@@ -123,6 +127,41 @@ size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch);
 
 /* fa_kernel_params.group_heads */
 int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v);
+
+/* --- backward_sm90.c --- */
+
+/* Why its kernels do not take a backward that passes fa_cuda_check; NULL: one does. */
+const char *fa_cuda_not_backward_sm90(const struct fa_params *p, int arch);
+
+/* Makes the step of a backward that they take of that of FA_CUDA_BACKWARD. */
+void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step);
+
+/* The second parameter of the kernel. */
+struct fa_cuda_backward_maps {
+    CUtensorMap q, k, v, dout, dk, dv;
+};
+enum fa_status fa_cuda_encode_backward_maps(const struct fa_params *p,
+                                            const struct fa_cuda_variant *v,
+                                            struct fa_cuda_backward_maps *maps);
+
+/* --- tensor_map.c --- */
+
+/* Strides of a tensor map are multiples of 16 bytes, below 2^40. */
+enum { FA_CUDA_MAPPED = 1 << 30 };
+int fa_cuda_can_be_mapped(const struct fa_tensor *t, int64_t rows);
+
+/* Columns, rows, heads and batch entries, in boxes of columns and rows. Strides count elements. */
+CUresult fa_cuda_encode_map(CUtensorMap *map, int type, int64_t elem_bytes, void *data,
+                            const int64_t size[4], const int64_t stride[3], int box_cols,
+                            int box_rows);
+
+/* A tensor of p->dtype, in boxes of 64 columns. */
+CUresult fa_cuda_encode_tensor(CUtensorMap *map, const struct fa_params *p,
+                               const struct fa_tensor *t, int64_t heads, int64_t rows, int64_t cols,
+                               int box_rows);
+
+/* Panels<rows, cols> of kernels/panels.cuh. */
+int fa_cuda_panels_bytes(int rows, int cols);
 
 /* --- functions.c --- */
 

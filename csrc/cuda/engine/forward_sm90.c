@@ -18,11 +18,6 @@ static const struct tile {
 };
 enum { MANY_QUERIES = 1536, STAGES = 2, SHARED_LIMIT = 227 << 10 };
 
-/* Panels<rows, cols> of kernels/panels.cuh. */
-static int panels_bytes(int rows, int cols) {
-    return (cols + 63) / 64 * rows * 128;
-}
-
 /* Of a mask that a variant names: 1 bool, 2 of dtype, 3 float32. */
 static int mask_elem_bytes(int mask) {
     return mask == 3 ? 4 : mask;
@@ -37,9 +32,9 @@ static int mask_bytes(const struct fa_cuda_variant *v) {
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
     enum { BARRIERS = 512 };
-    return v->q_buffers * panels_bytes(v->block_m, max(v->head_dim, v->head_dim_v)) +
-           v->stages * (panels_bytes(v->block_n, v->head_dim) +
-                        panels_bytes(v->block_n, v->head_dim_v) + mask_bytes(v)) +
+    return v->q_buffers * fa_cuda_panels_bytes(v->block_m, max(v->head_dim, v->head_dim_v)) +
+           v->stages * (fa_cuda_panels_bytes(v->block_n, v->head_dim) +
+                        fa_cuda_panels_bytes(v->block_n, v->head_dim_v) + mask_bytes(v)) +
            BARRIERS;
 }
 
@@ -63,21 +58,13 @@ static int choose_tile(const struct fa_params *p, struct fa_cuda_variant *v) {
     return 0;
 }
 
-/* Strides of a tensor map are multiples of 16 bytes, below 2^40. */
-enum { MAPPED = 1 << 30 };
-
-static int can_be_mapped(const struct fa_tensor *t, int64_t rows) {
-    return t->stride_batch < MAPPED && t->stride_head < MAPPED && t->stride_row < MAPPED &&
-           (t->stride_row > 0 || rows == 1);
-}
-
 /* 0: the mask is read element by element; 1: in tiles; 2: in tiles of one row. */
 static int mask_tiles(const struct fa_params *p, int mask) {
     const int64_t stride[3] = {p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch};
     if (!mask || p->mask.stride_col != 1 || ((uintptr_t)p->mask.data & 15))
         return 0;
     for (int i = 0; i < 3; i++) {
-        if (stride[i] >= MAPPED || (stride[i] * mask_elem_bytes(mask) & 15))
+        if (stride[i] >= FA_CUDA_MAPPED || (stride[i] * mask_elem_bytes(mask) & 15))
             return 0;
     }
     return p->mask.stride_row ? 1 : 2;
@@ -92,8 +79,8 @@ const char *fa_cuda_not_forward_sm90(const struct fa_params *p, int arch) {
         return "forward_sm90.cu wants queries and keys";
     if (!fa_cuda_is_aligned(p))
         return "forward_sm90.cu wants rows that start at multiples of 16 bytes";
-    if (!can_be_mapped(&p->q, p->seq_q) || !can_be_mapped(&p->k, p->seq_k) ||
-        !can_be_mapped(&p->v, p->seq_k) || !can_be_mapped(&p->out, p->seq_q))
+    if (!fa_cuda_can_be_mapped(&p->q, p->seq_q) || !fa_cuda_can_be_mapped(&p->k, p->seq_k) ||
+        !fa_cuda_can_be_mapped(&p->v, p->seq_k) || !fa_cuda_can_be_mapped(&p->out, p->seq_q))
         return "forward_sm90.cu wants strides below 2^30, and no row broadcast";
     return NULL;
 }
@@ -127,33 +114,6 @@ int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant 
     return (int)(heads < 1 ? 1 : heads < p->batch * p->heads_q ? heads : p->batch * p->heads_q);
 }
 
-/* Columns, rows, heads and batch entries, in boxes of columns and rows. Strides count elements.
- * A dimension of size 1 may have any stride and one that is broadcast has 0, where a map wants
- * something that makes sense. */
-static CUresult encode(CUtensorMap *map, int type, int64_t elem_bytes, void *data,
-                       const int64_t size[4], const int64_t stride[3], int box_cols, int box_rows) {
-    uint64_t map_size[4] = {(uint64_t)size[0]}, map_stride[3];
-    for (int i = 0; i < 3; i++) {
-        const int many = size[i + 1] > 1 && stride[i];
-        map_size[i + 1] = many ? (uint64_t)size[i + 1] : 1;
-        map_stride[i] = many ? (uint64_t)(stride[i] * elem_bytes) : 1024;
-    }
-    const uint32_t box[4] = {(uint32_t)box_cols, (uint32_t)box_rows, 1, 1}, step[4] = {1, 1, 1, 1};
-    return fa_cuda_driver()->cuTensorMapEncodeTiled(
-        map, type, 4, data, map_size, map_stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-}
-
-static CUresult encode_tensor(CUtensorMap *map, const struct fa_params *p,
-                              const struct fa_tensor *t, int64_t heads, int64_t rows, int64_t cols,
-                              int box_rows) {
-    const int type = p->dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    return encode(map, type, 2, t->data, (int64_t[]){cols, rows, heads, p->batch},
-                  (int64_t[]){t->stride_row, t->stride_head, t->stride_batch}, 64, box_rows);
-}
-
 static CUresult encode_mask(CUtensorMap *map, const struct fa_params *p,
                             const struct fa_cuda_variant *v) {
     const int type = p->mask.dtype == FA_BOOL       ? CU_TENSOR_MAP_DATA_TYPE_UINT8
@@ -161,21 +121,26 @@ static CUresult encode_mask(CUtensorMap *map, const struct fa_params *p,
                      : p->mask.dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     const int elem_bytes = mask_elem_bytes(v->mask);
-    return encode(map, type, elem_bytes, (void *)p->mask.data,
-                  (int64_t[]){p->seq_k, p->seq_q, p->heads_q, p->batch},
-                  (int64_t[]){p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch},
-                  128 / elem_bytes, v->mask_tiles == 2 ? 1 : v->block_m);
+    return fa_cuda_encode_map(
+        map, type, elem_bytes, (void *)p->mask.data,
+        (int64_t[]){p->seq_k, p->seq_q, p->heads_q, p->batch},
+        (int64_t[]){p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch},
+        128 / elem_bytes, v->mask_tiles == 2 ? 1 : v->block_m);
 }
 
 enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
                                    struct fa_cuda_maps *maps) {
-    CUresult error = encode_tensor(&maps->q, p, &p->q, p->heads_q, p->seq_q, p->head_dim, 64);
+    CUresult error =
+        fa_cuda_encode_tensor(&maps->q, p, &p->q, p->heads_q, p->seq_q, p->head_dim, 64);
     if (!error)
-        error = encode_tensor(&maps->k, p, &p->k, p->heads_k, p->seq_k, p->head_dim, v->block_n);
+        error = fa_cuda_encode_tensor(&maps->k, p, &p->k, p->heads_k, p->seq_k, p->head_dim,
+                                      v->block_n);
     if (!error)
-        error = encode_tensor(&maps->v, p, &p->v, p->heads_k, p->seq_k, p->head_dim_v, v->block_n);
+        error = fa_cuda_encode_tensor(&maps->v, p, &p->v, p->heads_k, p->seq_k, p->head_dim_v,
+                                      v->block_n);
     if (!error)
-        error = encode_tensor(&maps->out, p, &p->out, p->heads_q, p->seq_q, p->head_dim_v, 64);
+        error =
+            fa_cuda_encode_tensor(&maps->out, p, &p->out, p->heads_q, p->seq_q, p->head_dim_v, 64);
     if (!error && v->mask_tiles)
         error = encode_mask(&maps->mask, p, v);
     return error ? fa_cuda_driver_error("tensor map", error) : FA_OK;

@@ -77,28 +77,41 @@ static uint64_t launch_number(void) {
     return atomic_fetch_add(&last, 2) + 2;
 }
 
+static enum fa_status launch_kernel(const struct fa_params *p, const struct fa_cuda_step *s,
+                                    CUkernel function, int grid, struct fa_kernel_params *k,
+                                    void *maps) {
+    CUresult error =
+        fa_cuda_driver()->cuLaunchKernel(function, (unsigned)grid, 1, 1, s->variant.threads, 1, 1,
+                                         s->shared_bytes, p->stream, (void *[]){k, maps}, NULL);
+    return error ? fa_cuda_driver_error(fa_cuda_entry(&s->variant), error) : FA_OK;
+}
+
 /* A block on each SM, which takes one piece of work after the other. */
-static enum fa_status launch_sm90(const struct fa_params *p, const struct fa_cuda_step *s,
-                                  CUkernel function, int sm_count, struct fa_kernel_params *k) {
+static enum fa_status launch_forward_sm90(const struct fa_params *p, const struct fa_cuda_step *s,
+                                          CUkernel function, int pieces, int sm_count,
+                                          struct fa_kernel_params *k) {
     struct fa_cuda_maps maps;
     enum fa_status status = fa_cuda_encode_maps(p, &s->variant, &maps);
     if (status)
         return status;
-    const int pieces = s->blocks * s->heads * k->batch;
     k->group_heads = fa_cuda_group_heads(p, &s->variant);
     if (fa_cuda_counter_bytes(p, s->variant.arch)) {
         k->counter = p->workspace;
         k->launch = launch_number();
     }
-    CUresult error = fa_cuda_driver()->cuLaunchKernel(
-        function, (unsigned)(pieces < sm_count ? pieces : sm_count), 1, 1, s->variant.threads, 1, 1,
-        s->shared_bytes, p->stream, (void *[]){k, &maps}, NULL);
-    return error ? fa_cuda_driver_error(fa_cuda_entry(&s->variant), error) : FA_OK;
+    return launch_kernel(p, s, function, pieces < sm_count ? pieces : sm_count, k, &maps);
+}
+
+static enum fa_status launch_backward_sm90(const struct fa_params *p, const struct fa_cuda_step *s,
+                                           CUkernel function, int blocks,
+                                           struct fa_kernel_params *k) {
+    struct fa_cuda_backward_maps maps;
+    enum fa_status status = fa_cuda_encode_backward_maps(p, &s->variant, &maps);
+    return status ? status : launch_kernel(p, s, function, blocks, k, &maps);
 }
 
 static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_step *steps, int count,
                              int sm_count, struct fa_kernel_params *k) {
-    const struct fa_cuda_driver *cuda = fa_cuda_driver();
     for (int i = 0; i < count; i++) {
         const struct fa_cuda_step *s = &steps[i];
         CUkernel function;
@@ -106,17 +119,20 @@ static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_ste
         if (status)
             return status;
         k->blocks = s->blocks;
-        if (s->variant.kernel == FA_CUDA_FORWARD_SM90) {
-            status = launch_sm90(p, s, function, sm_count, k);
-            if (status)
-                return status;
-            continue;
+        const int blocks = s->blocks * s->heads * k->batch;
+        switch (s->variant.kernel) {
+        case FA_CUDA_FORWARD_SM90:
+            status = launch_forward_sm90(p, s, function, blocks, sm_count, k);
+            break;
+        case FA_CUDA_BACKWARD_SM90:
+        case FA_CUDA_BACKWARD_WIDE_SM90:
+            status = launch_backward_sm90(p, s, function, blocks, k);
+            break;
+        default:
+            status = launch_kernel(p, s, function, blocks, k, NULL);
         }
-        const unsigned grid = (unsigned)s->blocks * (unsigned)s->heads * (unsigned)k->batch;
-        CUresult error = cuda->cuLaunchKernel(function, grid, 1, 1, s->variant.threads, 1, 1,
-                                              s->shared_bytes, p->stream, (void *[]){k}, NULL);
-        if (error)
-            return fa_cuda_driver_error(fa_cuda_entry(&s->variant), error);
+        if (status)
+            return status;
     }
     return FA_OK;
 }

@@ -17,6 +17,8 @@ static const struct {
     [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
     [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
     [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
+    [FA_CUDA_BACKWARD_SM90] = {"backward_sm90.cu", "fa_backward_sm90"},
+    [FA_CUDA_BACKWARD_WIDE_SM90] = {"backward_wide_sm90.cu", "fa_backward_wide_sm90"},
 };
 
 const char *fa_cuda_file(const struct fa_cuda_variant *v) {
@@ -319,7 +321,11 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
-    steps[count++] = step(FA_CUDA_BACKWARD, p, arch, sm_count);
+    struct fa_cuda_step *backward = &steps[count++];
+    *backward = step(FA_CUDA_BACKWARD, p, arch, sm_count);
+    backward->not_sm90 = fa_cuda_not_backward_sm90(p, arch);
+    if (!backward->not_sm90)
+        fa_cuda_backward_sm90(p, backward);
     if (p->dq.data)
         steps[count++] =
             step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);
@@ -350,8 +356,9 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DBLOCK_N=%d", v->block_n);
     ADD("-DTHREADS=%d", v->threads);
     ADD("-DSTAGES=%d", v->stages);
-    if (v->kernel == FA_CUDA_FORWARD_SM90) {
+    if (v->q_buffers)
         ADD("-DQ_BUFFERS=%d", v->q_buffers);
+    if (v->kernel == FA_CUDA_FORWARD_SM90) {
         ADD("-DPING_PONG=%d", v->ping_pong);
         ADD("-DFA_MASK_TILES=%d", v->mask_tiles);
     }

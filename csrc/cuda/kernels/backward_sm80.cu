@@ -20,6 +20,7 @@
 #include "accumulators.cuh"
 #include "backward_mask_tile.cuh"
 #include "ptx/mbarrier.cuh"
+#include "query_tiles.cuh"
 #include "scores.cuh"
 #include "tile.cuh"
 #include "workspace.cuh"
@@ -193,45 +194,19 @@ static __device__ __forceinline__ void put_gradient(const T &tile, int first_row
         }
 }
 
-/* A tile of queries of a head. */
-struct QueryTile {
-    int h, i; /* first query */
-};
-
-/* The tiles that a block has to look at: of every head of the group those that see its keys. */
-struct QueryTiles {
-    int begin, end, first_head, end_head;
-
-    __device__ __forceinline__ QueryTiles(const fa_kernel_params &p, int hk, int first_key) {
-        const int group = p.heads_q / p.heads_k;
-        begin = 0, end = p.seq_q;
-        if (FA_WINDOW) {
-            begin = max(0, first_key - p.window_end + 1) / BLOCK_M * BLOCK_M;
-            end = min(end, min(first_key + BLOCK_N, p.seq_k) - p.window_begin);
-        }
-        first_head = hk * group;
-        end_head = begin < end ? first_head + group : first_head;
+/* The gradient of the mask in the tiles that the block does not look at. */
+static __device__ __forceinline__ void
+clear_hidden(const fa_kernel_params &p, const QueryTiles &queries, int b, int hk, int first_key) {
+    const int group = p.heads_q / p.heads_k;
+    const bool any = queries.begin < queries.end;
+    const int above = any ? queries.begin : p.seq_q;
+    const int below = (queries.end + BLOCK_M - 1) / BLOCK_M * BLOCK_M;
+    for (int h = hk * group; h < (hk + 1) * group; h++) {
+        clear_mask_gradient(p, b, h, 0, min(above, p.seq_q), first_key, BLOCK_N);
+        if (any)
+            clear_mask_gradient(p, b, h, below, p.seq_q, first_key, BLOCK_N);
     }
-    __device__ __forceinline__ QueryTile first() const { return {first_head, begin}; }
-    __device__ __forceinline__ QueryTile after(QueryTile tile) const {
-        tile.i += BLOCK_M;
-        return tile.i < end ? tile : QueryTile{tile.h + 1, begin};
-    }
-    __device__ __forceinline__ bool has(QueryTile tile) const { return tile.h < end_head; }
-
-    /* The gradient of the mask in the tiles that the block does not look at. */
-    __device__ __forceinline__ void clear_hidden(const fa_kernel_params &p, int b, int hk,
-                                                 int first_key) const {
-        const int group = p.heads_q / p.heads_k;
-        const int above = begin < end ? begin : p.seq_q;
-        const int below = (end + BLOCK_M - 1) / BLOCK_M * BLOCK_M;
-        for (int h = hk * group; h < (hk + 1) * group; h++) {
-            clear_mask_gradient(p, b, h, 0, min(above, p.seq_q), first_key, BLOCK_N);
-            if (begin < end)
-                clear_mask_gradient(p, b, h, below, p.seq_q, first_key, BLOCK_N);
-        }
-    }
-};
+}
 
 /* Begins to copy a tile of queries to a stage in shared memory. */
 static __device__ __forceinline__ void load_queries(unsigned stage, const fa_kernel_params &p,
@@ -428,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     load(0, tile);
     load_mask_of(tile);
     if (FA_MASK_GRAD == 3 && FA_WINDOW)
-        queries.clear_hidden(p, b, hk, first_key);
+        clear_hidden(p, queries, b, hk, first_key);
 
     /* Of each tile: it is there; P and dS of all warps are; nobody needs them any more. All threads
      * arrive, and wait later, so that warps get out of step: some multiply while others are at

@@ -20,6 +20,7 @@
 #include "ptx/mma.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
+#include "ring.cuh"
 #include "scores.cuh"
 
 constexpr int CONSUMERS = BLOCK_M / 64; /* warpgroups that compute */
@@ -47,24 +48,6 @@ enum { TURN = 1, Q_DONE = 4 };
 struct Maps {
     tensor_map q, k, v, out, mask;
 };
-
-/* A buffer of a ring is used by turns: the n-th use of the ring is a use of buffer n % COUNT, and
- * its barriers are then in phase n / COUNT % 2. */
-template <int COUNT>
-static __device__ __forceinline__ void wait_full(mbarrier (&full)[COUNT], unsigned n) {
-    mbarrier_wait(&full[n % COUNT], n / COUNT % 2);
-}
-template <int COUNT> /* by the use before */
-static __device__ __forceinline__ void wait_empty(mbarrier (&empty)[COUNT], unsigned n) {
-    mbarrier_wait(&empty[n % COUNT], n / COUNT % 2 ^ 1);
-}
-
-/* This warp is done with a buffer. */
-static __device__ __forceinline__ void release(mbarrier *b) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        mbarrier_arrive(b);
-}
 
 /* --- who does what: all warps go through the same work in the same order --- */
 

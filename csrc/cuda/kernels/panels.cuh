@@ -20,6 +20,13 @@ template <int ROWS, int COLS> struct Panels {
         return address + col / 64 * PANEL_BYTES + row * 128 + (col / 8 % 8 ^ row % 8) * 16;
     }
 
+    /* The tile without the rows before `row`, a multiple of 8, or without the panels before that of
+     * `col`. Its last rows and panels lie outside. */
+    __device__ __forceinline__ Panels from_row(int row) const { return {address + row * 128}; }
+    __device__ __forceinline__ Panels from_panel_of(int col) const {
+        return {address + col / 64 * PANEL_BYTES};
+    }
+
     /* Rows from `row` on of head h of batch entry b; one thread. */
     __device__ __forceinline__ void load(const tensor_map *map, mbarrier *full, int row, int h,
                                          int b) const {

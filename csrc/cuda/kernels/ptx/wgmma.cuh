@@ -80,29 +80,34 @@ static __device__ __forceinline__ unsigned long long wgmma_operand(unsigned addr
 #define NAMES_240 NAMES_224 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define NAMES_256 NAMES_240 ",%120,%121,%122,%123,%124,%125,%126,%127"
 
+/* Which dimension of an operand in shared memory the sum runs over; the other one is M or N. */
+enum { OVER_COLS, OVER_ROWS };
+
 template <int N> struct Wgmma;
 
-/* in0 to in5 number the operands after the accumulators. */
+/* in0 to in4 number the operands after the accumulators. */
 #define DEFINE_WGMMA(N, in0, in1, in2, in3, in4)                                                   \
     template <> struct Wgmma<N> {                                                                  \
-        /* D = A B; B has N rows. */                                                               \
+        /* D = A B */                                                                              \
+        template <int A = OVER_COLS, int B = OVER_COLS>                                            \
         static __device__ __forceinline__ void                                                     \
         multiply(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {               \
             asm volatile("{.reg .pred p; setp.ne.b32 p, %" #in2 ", 0;\n"                           \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
-                         "}, %" #in0 ", %" #in1 ", p, 1, 1, 0, 0;}"                                \
+                         "}, %" #in0 ", %" #in1 ", p, 1, 1, %" #in3 ", %" #in4 ";}"                \
                          : D_##N##_COLS("=f")                                                      \
-                         : "l"(a), "l"(b), "n"(0));                                                \
+                         : "l"(a), "l"(b), "n"(0), "n"(A), "n"(B));                                \
         }                                                                                          \
-        /* D += A B; B has N rows. */                                                              \
+        /* D += A B */                                                                             \
+        template <int A = OVER_COLS, int B = OVER_COLS>                                            \
         static __device__ __forceinline__ void                                                     \
         multiply_add(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {           \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
-                         "}, %" #in0 ", %" #in1 ", 1, 1, 1, 0, 0;"                                 \
+                         "}, %" #in0 ", %" #in1 ", 1, 1, 1, %" #in2 ", %" #in3 ";"                 \
                          : D_##N##_COLS("+f")                                                      \
-                         : "l"(a), "l"(b));                                                        \
+                         : "l"(a), "l"(b), "n"(A), "n"(B));                                        \
         }                                                                                          \
-        /* D += A B; B has N columns. */                                                           \
+        /* D += A B; A in registers, the sum over rows of B. */                                    \
         static __device__ __forceinline__ void                                                     \
         multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {         \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \

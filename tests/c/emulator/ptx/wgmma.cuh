@@ -19,15 +19,20 @@ static inline unsigned long long wgmma_operand(unsigned address, unsigned panel_
     return address >> 4 | panel_bytes >> 4 << 16 | EIGHT_ROWS << 32 | SWIZZLE_128B;
 }
 
+enum { OVER_COLS, OVER_ROWS };
+
 template <int N> struct Wgmma {
     static_assert(N % 8 == 0 && N <= 256, "what wgmma has");
 
+    template <int A = OVER_COLS, int B = OVER_COLS>
     static inline void multiply(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {
-        emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b, 0);
+        emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b, (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
     }
+    template <int A = OVER_COLS, int B = OVER_COLS>
     static inline void multiply_add(float (&d)[N / 8][4], unsigned long long a,
                                     unsigned long long b) {
-        emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b, EMU_ACCUMULATE);
+        emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b,
+                  EMU_ACCUMULATE | (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
     }
     static inline void multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4],
                                     unsigned long long b) {

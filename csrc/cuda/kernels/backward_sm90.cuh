@@ -1,0 +1,256 @@
+/* What the two kernels of the backward for sm_90a share: their tiles, products and exponentials.
+ * The scores are transposed, keys x queries. A warpgroup has 64 keys of them, a warp 16.
+ *
+ * Compiled with the macros of backward_sm90.cu. */
+#pragma once
+
+#include "accumulators.cuh"
+#include "panels.cuh"
+#include "ptx/bulk.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/warpgroup.cuh"
+#include "query_tiles.cuh"
+#include "ring.cuh"
+#include "scores.cuh"
+#include "workspace.cuh"
+
+constexpr int KEYS = 64; /* of a warpgroup */
+constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16, DEPTH_V = (HEAD_DIM_V + 15) / 16 * 16;
+constexpr int QUERY_TILES = BLOCK_M / 8;
+static_assert(FA_STATS_ROWS % BLOCK_M == 0, "row_stats are there for whole tiles");
+
+constexpr int DQ_COLS = DEPTH < 64 ? DEPTH : 64; /* of a product, at most */
+
+using KTile = Panels<BLOCK_N, HEAD_DIM>;
+using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
+using QTile = Panels<BLOCK_M, HEAD_DIM>;
+using OTile = Panels<BLOCK_M, HEAD_DIM_V>;
+using STile = Panels<BLOCK_N, BLOCK_M>; /* dS^T */
+
+/* Boxes of 64 columns; BLOCK_M rows of q and dout, BLOCK_N of k and v, 64 of dk and dv. Heads and
+ * batch entries that are broadcast, with a stride of 0, are there once. */
+struct Maps {
+    tensor_map q, k, v, dout, dk, dv;
+};
+
+/* The block's keys. */
+struct Work {
+    int first_key, h, b; /* of the key head */
+
+    __device__ __forceinline__ explicit Work(const fa_kernel_params &p)
+        : first_key(uniform(blockIdx.x % p.blocks * BLOCK_N)),
+          h(uniform(blockIdx.x / p.blocks % p.heads_k)),
+          b(uniform(blockIdx.x / p.blocks / p.heads_k)) {}
+};
+
+/* --- what moves data: one thread of a warp. Shared is all of the kernel's shared memory. --- */
+
+/* Heads and batch entries as a tensor map counts them. */
+static __device__ __forceinline__ int head(const fa_kernel_tensor &t, int h) {
+    return t.stride_head ? h : 0;
+}
+static __device__ __forceinline__ int entry(const fa_kernel_tensor &t, int b) {
+    return t.stride_batch ? b : 0;
+}
+
+template <class Shared>
+static __device__ __forceinline__ void bring_K_and_Q(const fa_kernel_params &p, const Maps &maps,
+                                                     Shared &shared, const Work &work,
+                                                     const QueryTiles &queries) {
+    QueryTile tile = queries.first();
+    if (queries.has(tile))
+        KTile{shared_address(shared.K)}.load(&maps.k, &shared.K_full, work.first_key,
+                                             head(p.k, work.h), entry(p.k, work.b));
+    for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
+        const int buffer = n % Q_BUFFERS;
+        mbarrier *full = &shared.Q_full[buffer];
+        wait_empty(shared.Q_empty, n);
+        QTile{shared_address(shared.Q[buffer])}.load(&maps.q, full, tile.i, head(p.q, tile.h),
+                                                     entry(p.q, work.b));
+        mbarrier_arrive_expect(full, sizeof shared.stats[buffer]);
+        bulk_load(shared_address(shared.stats[buffer]), row_stats(p, work.b, tile.h, tile.i),
+                  sizeof shared.stats[buffer], full);
+    }
+}
+
+template <class Shared>
+static __device__ __forceinline__ void bring_V_and_dO(const fa_kernel_params &p, const Maps &maps,
+                                                      Shared &shared, const Work &work,
+                                                      const QueryTiles &queries) {
+    QueryTile tile = queries.first();
+    if (queries.has(tile))
+        VTile{shared_address(shared.V)}.load(&maps.v, &shared.V_full, work.first_key,
+                                             head(p.v, work.h), entry(p.v, work.b));
+    for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
+        wait_empty(shared.dO_empty, n);
+        OTile{shared_address(shared.dO[n % STAGES])}.load(&maps.dout, &shared.dO_full[n % STAGES],
+                                                          tile.i, head(p.dout, tile.h),
+                                                          entry(p.dout, work.b));
+    }
+}
+
+/* By one thread, first of all: the barriers of what is brought, to be used by so many warps. */
+template <class Shared>
+static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared &shared,
+                                                        int warps) {
+    tma_prefetch_map(&maps.k);
+    tma_prefetch_map(&maps.q);
+    tma_prefetch_map(&maps.v);
+    tma_prefetch_map(&maps.dout);
+    mbarrier_init(&shared.K_full, 1);
+    mbarrier_init(&shared.V_full, 1);
+    for (int i = 0; i < Q_BUFFERS; i++) {
+        mbarrier_init(&shared.Q_full[i], 2); /* Q, row_stats */
+        mbarrier_init(&shared.Q_empty[i], warps);
+    }
+    for (int i = 0; i < STAGES; i++) {
+        mbarrier_init(&shared.dO_full[i], 1);
+        mbarrier_init(&shared.dO_empty[i], warps);
+    }
+}
+
+/* By the warps of the first warpgroup. */
+template <class Shared>
+static __device__ __forceinline__ void bring(const fa_kernel_params &p, const Maps &maps,
+                                             Shared &shared, const Work &work,
+                                             const QueryTiles &queries, int warp) {
+    if (threadIdx.x % 32 != 0)
+        return;
+    if (warp == 0)
+        bring_K_and_Q(p, maps, shared, work, queries);
+    else if (warp == 1)
+        bring_V_and_dO(p, maps, shared, work, queries);
+}
+
+/* --- what a warpgroup computes --- */
+
+using Scores = float[QUERY_TILES][4];         /* transposed: rows are keys, see mma_16x8x16 */
+using Operand = unsigned[QUERY_TILES / 2][4]; /* P^T and dS^T, as operands A */
+template <int COLS> using Gradient = float[COLS / 8][4];
+
+/* C = A B^T, summed over columns. */
+template <int DEPTH, class ATile, class BTile>
+static __device__ __forceinline__ void multiply_rows(Scores &C, ATile A, BTile B) {
+    /* Keeps the compiler from computing all operands ahead, for which there are no registers. */
+    asm volatile("" : "+r"(A.address));
+    wgmma_fence();
+    Wgmma<BLOCK_M>::multiply(C, A.sum_over_cols(0), B.sum_over_cols(0));
+#pragma unroll
+    for (int d = 16; d < DEPTH; d += 16)
+        Wgmma<BLOCK_M>::multiply_add(C, A.sum_over_cols(d), B.sum_over_cols(d));
+    wgmma_commit();
+}
+
+/* C += A B, summed over queries. */
+template <int COLS, class BTile>
+static __device__ __forceinline__ void multiply_queries(Gradient<COLS> &C, const Operand &A,
+                                                        BTile B) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES / 2; m++)
+        Wgmma<COLS>::multiply_add(C, A[m], B.sum_over_rows(16 * m));
+    wgmma_commit();
+}
+
+/* 64 columns of dQ = dS K, summed over the keys of the block. */
+static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STile dS, KTile K) {
+    wgmma_fence();
+    Wgmma<DQ_COLS>::multiply<OVER_ROWS, OVER_ROWS>(dQ, dS.sum_over_rows(0), K.sum_over_rows(0));
+#pragma unroll
+    for (int n = 16; n < BLOCK_N; n += 16)
+        Wgmma<DQ_COLS>::multiply_add<OVER_ROWS, OVER_ROWS>(dQ, dS.sum_over_rows(n),
+                                                           K.sum_over_rows(n));
+    wgmma_commit();
+}
+
+/* S becomes P = exp(S - lse), with its sign changed where dropout drops it. */
+static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, Scores &S,
+                                                    const float4 *stats, const Dropout &dropout,
+                                                    int query, int warp_key) {
+    const int lane = lane_anew(), g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++) {
+        const float4 pair = stats[4 * m + t];
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            const float lse = x % 2 ? pair.z : pair.x;
+            S[m][x] = exp2_approx(min_nan(fmaf(S[m][x], p.scale_log2e, -lse), 0));
+        }
+    }
+    if (FA_DROPOUT) {
+#pragma unroll /* from the last on: the other way round, it does not quite fit into registers */
+        for (int m = QUERY_TILES - 2; m >= 0; m -= 2) {
+            unsigned word[4];
+            dropout.draw_transposed(word, query + 8 * m, warp_key, g, t);
+#pragma unroll
+            for (int x = 0; x < 8; x++)
+                if (!dropout.keeps(word, x % 2 * 4 + x / 4 * 2 + x % 4 / 2))
+                    S[m + x / 4][x % 4] = -S[m + x / 4][x % 4];
+        }
+    }
+    if (is_cut(p, query, BLOCK_M, warp_key, 16)) {
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                if (!is_visible(p, query + 8 * m + 2 * t + x % 2, warp_key + g + x / 2 * 8))
+                    S[m][x] = 0;
+    }
+}
+
+/* dP becomes dS = P (dP - delta). P comes as it was rounded for dV: there are no registers to keep
+ * more of it. */
+static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, Scores &dP,
+                                                     const Operand &P, const float4 *stats) {
+    const int t = lane_anew() % 4;
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++) {
+        const float4 pair = stats[4 * m + t];
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            float P_x = to_float((elem)(P[m / 2][m % 2 * 2 + x / 2] >> 16 * (x % 2)));
+            if (FA_DROPOUT) {
+                dP[m][x] = P_x < 0 ? 0 : dP[m][x] * p.dropout_scale;
+                P_x = fabsf(P_x);
+            }
+            dP[m][x] = P_x * (dP[m][x] - (x % 2 ? pair.w : pair.y));
+        }
+    }
+}
+
+/* What dropout keeps of P. dV is scaled in the end. */
+static __device__ __forceinline__ void keep(Operand &kept, const Operand &P) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES / 2; m++)
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+            kept[m][x] = P[m][x] & ~((P[m][x] >> 15 & 0x10001) * 0xffff);
+}
+
+static __device__ __forceinline__ void round_scores(Operand &A, const Scores &C) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++) {
+        A[m / 2][m % 2 * 2] = pack(C[m][0], C[m][1]);
+        A[m / 2][m % 2 * 2 + 1] = pack(C[m][2], C[m][3]);
+    }
+}
+
+/* A warp's 16 rows of dS^T to shared memory. */
+static __device__ __forceinline__ void put_dS(STile tile, int warp_row, const Operand &dS) {
+    const int lane = lane_anew();
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES / 2; m++)
+        stmatrix_x4(tile.chunk(warp_row + lane % 16, 16 * m + lane / 16 * 8), dS[m][0], dS[m][1],
+                    dS[m][2], dS[m][3]);
+}
+
+/* dK or dV of a warp to shared memory, into its 16 rows of a tile of 64. */
+template <int COLS, class Tile>
+static __device__ __forceinline__ void put_gradient(Tile tile, Gradient<COLS> &C, float scale) {
+    const int thread = thread_index() % 128, row = thread / 32 * 16 + thread % 16;
+#pragma unroll
+    for (int d = 0; d < COLS / 8; d += 2)
+        stmatrix_x4(tile.chunk(row, 8 * d + thread % 32 / 16 * 8),
+                    pack(C[d][0] * scale, C[d][1] * scale), pack(C[d][2] * scale, C[d][3] * scale),
+                    pack(C[d + 1][0] * scale, C[d + 1][1] * scale),
+                    pack(C[d + 1][2] * scale, C[d + 1][3] * scale));
+}
