@@ -19,7 +19,7 @@ def standard_calls(
 ) -> Iterator[CudaCall]:
     """What most models call attention with: causal or not, each with dropout or a mask, or without.
 
-    Each as a forward and, but for float32, as a backward.
+    Each as a forward and as a backward.
     """
     for dtype in dtypes:
         for head_dim in head_dims:
@@ -49,10 +49,7 @@ def standard_calls(
                 {"mask": dtype},
             ):
                 yield plain | features
-                if dtype != "float32":
-                    yield plain | features | {"backward": True}
-            if dtype == "float32":
-                continue
+                yield plain | features | {"backward": True}
             learned = {"mask": dtype, "backward": True, "mask_grad": True}
             yield plain | learned
             yield plain | learned | {"mask_broadcasts": True}

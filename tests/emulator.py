@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flash_attn_ext.series import tiled
-
 ROOT = Path(__file__).parent.parent
 ARCHS = [80, 86, 89, 90, 100, 120]  # as in tests/c/emulator/driver.c
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool]  # enum fa_dtype
@@ -95,7 +93,9 @@ def device_of(arch: int, many_multiprocessors: bool) -> int:
     return 2 * ARCHS.index(arch) + many_multiprocessors
 
 
-def describe(q, k, v, mask, rng_state, scale, window, diagonal_offset, dropout_p, device) -> Params:
+def describe(
+    q, k, v, mask, rng_state, scale, window, diagonal_offset, dropout_p, device, allow_tf32
+) -> Params:
     p = Params()
     p.dtype = DTYPES.index(q.dtype)
     p.batch, p.heads_q, p.seq_q, p.head_dim = q.shape
@@ -110,6 +110,7 @@ def describe(q, k, v, mask, rng_state, scale, window, diagonal_offset, dropout_p
     p.dropout_p = dropout_p
     p.rng_state = rng_state.data_ptr() if dropout_p > 0 else None
     p.device = device
+    p.allow_tf32 = allow_tf32
     return p
 
 
@@ -157,13 +158,6 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, mask, rng_state, out, lse = ctx.saved_tensors
-        if q.dtype == torch.float32:  # without kernels: the walkthrough
-            options = {name: x for name, x in ctx.call.items() if name != "device"}
-            wanted = ctx.needs_input_grad[3]
-            gradients = tiled.backward(
-                grad_out, q, k, v, mask, rng_state, out, lse, **options, mask_grad=wanted
-            )
-            return *gradients, None, None, None
         p = describe(q, k, v, mask, rng_state, **ctx.call)
         p.out, p.lse, p.deterministic = tensor(out), lse.data_ptr(), ctx.deterministic
         grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
@@ -176,7 +170,7 @@ class Attention(torch.autograd.Function):
         dmask = None
         if ctx.needs_input_grad[3]:
             scores = (*q.shape[:3], k.shape[2])
-            in_dtype = mask.shape == scores and mask.dtype == q.dtype
+            in_dtype = mask.shape == scores and mask.dtype == q.dtype != torch.float32
             dmask = result(mask.shape, q.dtype if in_dtype else torch.float32)
             if not in_dtype:
                 dmask.zero_()
@@ -192,6 +186,7 @@ def emulated(
     *,
     many_multiprocessors: bool = False,
     deterministic: bool = False,
+    allow_tf32: bool = False,
     seed: int = 0,
 ) -> Callable[..., Tensor]:
     """Attention by the kernels for an architecture, called as naive.attention is.
@@ -211,6 +206,7 @@ def emulated(
             "diagonal_offset": diagonal_offset,
             "dropout_p": dropout_p,
             "device": device_of(arch, many_multiprocessors),
+            "allow_tf32": allow_tf32,
         }
         return Attention.apply(q, k, v, mask, rng_state, call, deterministic)
 

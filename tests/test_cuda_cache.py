@@ -131,6 +131,9 @@ def test_a_directory_that_others_can_write_is_not_used(cache):
 def test_what_no_kernel_takes(cache):
     with pytest.raises(RuntimeError, match="head size"):
         _C.cuda_compile(CALL | {"head_dim": 257}, 80)
+    wide = {"dtype": "float32", "head_dim": 256, "head_dim_v": 256, "backward": True}
+    with pytest.raises(RuntimeError, match=r"head size.*256 and 256 do not fit"):
+        _C.cuda_compile(CALL | wide, 86)
     with pytest.raises(RuntimeError, match="dtype"):
         _C.cuda_compile(CALL | {"dtype": "float64"}, 80)
     with pytest.raises(RuntimeError, match="compute capability"):

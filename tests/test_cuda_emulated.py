@@ -127,6 +127,23 @@ def test_same_bits_in_every_order(arch, features, deterministic, seed):
     assert_same_bits(results[2], results[0])
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_tf32_where_it_is_allowed(arch, deterministic, seed):
+    case = make_case("causal", batch=1, heads=2, head_dim=64)
+    grad_out = torch.randn_like(case.q)
+    wide = [convert(x, torch.float64) for x in case.inputs]
+    truth = forward_backward(case.bind(naive_attention), wide, grad_out.double())
+    errors = []
+    for allow_tf32 in (False, True):
+        ours = emulated(arch, deterministic=deterministic, allow_tf32=allow_tf32, seed=seed)
+        results = forward_backward(case.bind(ours), case.inputs, grad_out)
+        errors.append(
+            [max_abs(results[name] - truth[name]) / max_abs(truth[name]) for name in truth]
+        )
+    assert all(32 * a < b < 2**-8 for a, b in zip(*errors)), errors
+
+
 def test_every_kernel_was_run():
     for arch in (80, 90):
         for deterministic in (False, True):

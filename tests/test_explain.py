@@ -88,8 +88,9 @@ def test_explain_looks_at_strides_and_addresses(explain_cuda):
     assert explain_cuda(90, x[..., :8], x[..., :8], x[..., :8]).files == ("forward_sm90.cu",)
 
 
-def test_explain_names_the_kernels_of_the_backward(explain_cuda):
-    x = torch.randn(2, 4, 9, 64, dtype=torch.float16, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_explain_names_the_kernels_of_the_backward(dtype, explain_cuda):
+    x = torch.randn(2, 4, 9, 64, dtype=dtype, requires_grad=True)
     assert explain_cuda(80, x, x, x).files[1:] == (
         "backward_prepare.cu",
         "backward_sm80.cu",

@@ -29,17 +29,18 @@ const char *fa_cuda_entry(const struct fa_cuda_variant *v) {
 }
 
 /* What products are made of: kernels/operand.cuh. */
-enum operand { HALF, TF32, TWO_TF32 };
+enum operand { HALF = 1, TF32 = 2, TWO_TF32 = 4, FLOAT = TF32 | TWO_TF32 };
 
 /* Features of a call; MANY: it has more blocks of 128 queries than the device multiprocessors. */
 enum { MASK = 1, DROPOUT = 2, MANY = 4 };
 
 /* Tiles of block_m queries x block_n keys, worked on by `threads`, with room for `stages` tiles of
- * what passes by. The first row is taken that is for the kernel, the operand and the features, has
- * room for the head size and fits `resident` times into the shared memory of a multiprocessor. */
+ * what passes by. The first row is taken that is for the kernel, for the operand and the features,
+ * has room for the head size and fits `resident` times into the shared memory of a multiprocessor.
+ */
 static const struct tile {
     int kernel;
-    enum operand operand;
+    int operand;      /* one or several */
     int max_head_dim; /* the larger of D and Dv */
     int without;      /* only calls without these */
     int block_m, block_n, threads, stages, resident;
@@ -73,11 +74,13 @@ static const struct tile {
     {FA_CUDA_FORWARD, TF32, 128, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
     {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 2},
     {FA_CUDA_FORWARD, TF32, 256, 0, 64, 16, 128, 1, 1}, /* 99 KiB */
-    /* Twice the operands, and sums on their way to O; but three products for each operand. */
-    {FA_CUDA_FORWARD, TWO_TF32, 64, DROPOUT, 128, 32, 128, 2, 2},
-    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 64, 32, 128, 2, 2},
+    /* Twice the operands, and sums on their way to O; but three products for each operand. What
+     * counts is how often one is split: a warp of 32 queries does it half as often with K and V as
+     * two of 16, for which there is no room at 128; there more keys spare Q some of it. */
+    {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 128, 32, 128, 2, 2},
     {FA_CUDA_FORWARD, TWO_TF32, 64, 0, 64, 32, 128, 1, 2}, /* 99 KiB */
-    {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 2, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 128, MASK | DROPOUT, 64, 64, 128, 1, 2},
+    {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 48, 128, 1, 2},
     {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 2},
     {FA_CUDA_FORWARD, TWO_TF32, 128, 0, 64, 32, 128, 1, 1}, /* 99 KiB */
     {FA_CUDA_FORWARD, TWO_TF32, 256, 0, 64, 16, 128, 1, 2},
@@ -95,6 +98,14 @@ static const struct tile {
     {FA_CUDA_BACKWARD, HALF, 256, 0, 64, 64, 256, 2, 1},
     {FA_CUDA_BACKWARD, HALF, 256, 0, 64, 64, 256, 1, 1},
     {FA_CUDA_BACKWARD, HALF, 256, 0, 32, 32, 128, 1, 1},
+    {FA_CUDA_BACKWARD, FLOAT, 64, 0, 64, 128, 256, 2, 1},
+    {FA_CUDA_BACKWARD, FLOAT, 64, 0, 64, 64, 256, 2, 1},
+    {FA_CUDA_BACKWARD, FLOAT, 64, 0, 32, 64, 256, 2, 1},
+    {FA_CUDA_BACKWARD, FLOAT, 128, 0, 64, 64, 256, 1, 1},
+    {FA_CUDA_BACKWARD, FLOAT, 128, 0, 32, 64, 256, 1, 1},
+    {FA_CUDA_BACKWARD, FLOAT, 256, 0, 32, 64, 256, 1, 1},
+    {FA_CUDA_BACKWARD, FLOAT, 256, 0, 32, 32, 128, 1, 1},
+    {FA_CUDA_BACKWARD, FLOAT, 256, 0, 16, 32, 64, 1, 1},
 
     /* A warp for 16 queries: a thread holds D / 2 registers of dQ and block_n of S and dP. */
     {FA_CUDA_BACKWARD_DQ, HALF, 128, 0, 128, 64, 256, 2, 1},
@@ -105,13 +116,23 @@ static const struct tile {
     {FA_CUDA_BACKWARD_DQ, HALF, 256, 0, 32, 32, 64, 1, 1},
     {FA_CUDA_BACKWARD_MASK, HALF, 256, 0, 64, 32, 128, 1, 1},
     {FA_CUDA_BACKWARD_MASK, HALF, 256, 0, 32, 32, 64, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, FLOAT, 64, 0, 128, 64, 256, 2, 1},
+    {FA_CUDA_BACKWARD_DQ, FLOAT, 64, 0, 64, 32, 128, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, FLOAT, 128, 0, 64, 32, 128, 1, 1},
+    {FA_CUDA_BACKWARD_DQ, FLOAT, 256, 0, 32, 16, 64, 1, 1},
+    {FA_CUDA_BACKWARD_MASK, FLOAT, 128, 0, 64, 32, 128, 1, 1},
+    {FA_CUDA_BACKWARD_MASK, FLOAT, 256, 0, 32, 16, 64, 1, 1},
 
-    {FA_CUDA_PREPARE, HALF, 256, 0, FA_STATS_ROWS, 0, 256, 0, 1},
-    {FA_CUDA_CONVERT, HALF, 256, 0, 64, 0, 256, 0, 1},
+    {FA_CUDA_PREPARE, HALF | FLOAT, 256, 0, FA_STATS_ROWS, 0, 256, 0, 1},
+    {FA_CUDA_CONVERT, HALF | FLOAT, 256, 0, 64, 0, 256, 0, 1},
 };
 
-static enum operand operand_of(const struct fa_params *p) {
+static int operand_of(const struct fa_params *p) {
     return p->dtype != FA_FLOAT32 ? HALF : p->allow_tf32 ? TF32 : TWO_TF32;
+}
+
+static int element_bytes(enum fa_dtype dtype) {
+    return dtype == FA_FLOAT32 ? 4 : 2;
 }
 
 static int round_up_16(int n) {
@@ -119,35 +140,38 @@ static int round_up_16(int n) {
 }
 
 /* Bytes of `rows` rows in shared memory: Tile<rows, cols> of kernels/tile.cuh. */
-static int tile_bytes(const struct tile *t, int rows, int cols) {
-    return rows * (round_up_16(cols) * (t->operand == HALF ? 2 : 4) + 16);
+static int tile_bytes(int rows, int cols, int element) {
+    return rows * (round_up_16(cols) * element + 16);
 }
 
 /* As FA_MASK says it. */
 static int mask_kind(const struct fa_params *p) {
     if (!p->mask.data)
         return 0;
-    return p->mask.dtype == FA_BOOL ? 1 : p->mask.dtype == p->dtype ? 2 : 3;
+    return p->mask.dtype == FA_BOOL ? 1 : p->mask.dtype == FA_FLOAT32 ? 3 : 2;
 }
 
 /* What a kernel takes as dynamic shared memory. */
 static int shared_bytes(const struct tile *t, const struct fa_params *p) {
     const int head_dim = (int)p->head_dim, head_dim_v = (int)p->head_dim_v;
-    const int keys = tile_bytes(t, t->block_n, head_dim) + tile_bytes(t, t->block_n, head_dim_v);
-    const int queries = tile_bytes(t, t->block_m, head_dim) + tile_bytes(t, t->block_m, head_dim_v);
+    const int element = element_bytes(p->dtype);
+    const int keys =
+        tile_bytes(t->block_n, head_dim, element) + tile_bytes(t->block_n, head_dim_v, element);
+    const int queries =
+        tile_bytes(t->block_m, head_dim, element) + tile_bytes(t->block_m, head_dim_v, element);
     switch (t->kernel) {
     case FA_CUDA_FORWARD: /* Q, stages of K and V; O in their place */
-        return max(tile_bytes(t, t->block_m, head_dim) + t->stages * keys,
-                   tile_bytes(t, t->block_m, head_dim_v));
+        return max(tile_bytes(t->block_m, head_dim, element) + t->stages * keys,
+                   tile_bytes(t->block_m, head_dim_v, element));
     case FA_CUDA_BACKWARD: /* K, V, P, dS, a mask, and the stages of Q, dO and their row_stats */
-        return keys + 2 * tile_bytes(t, t->block_n, t->block_m) +
-               (mask_kind(p) == 2 ? tile_bytes(t, t->block_m, t->block_n) : 0) +
+        return keys + 2 * tile_bytes(t->block_n, t->block_m, element) +
+               (mask_kind(p) == 2 ? tile_bytes(t->block_m, t->block_n, element) : 0) +
                t->stages * (queries + t->block_m * 2 * (int)sizeof(float));
     case FA_CUDA_BACKWARD_DQ: /* Q, dO, and the stages of K and V */
     case FA_CUDA_BACKWARD_MASK:
         return queries + t->stages * keys;
     case FA_CUDA_CONVERT: /* dQ */
-        return tile_bytes(t, t->block_m, head_dim);
+        return tile_bytes(t->block_m, head_dim, element);
     default:
         return 0;
     }
@@ -178,7 +202,7 @@ static const struct tile *find_tile(int kernel, const struct fa_params *p, int a
                          (blocks > sm_count ? MANY : 0);
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
-        if (t->kernel == kernel && t->operand == operand_of(p) && head_dim <= t->max_head_dim &&
+        if (t->kernel == kernel && t->operand & operand_of(p) && head_dim <= t->max_head_dim &&
             !(t->without & features) &&
             t->resident * (shared_bytes(t, p) + OTHER_SHARED) <= shared_limit(arch))
             return t;
@@ -215,11 +239,13 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
     REQUIRE(!invalid, FA_INVALID, "%s", invalid)
     REQUIRE(arch >= 80, FA_UNSUPPORTED, "the kernels need compute capability 8.0, this is %d.%d",
             arch / 10, arch % 10)
-    REQUIRE(p->dtype != FA_FLOAT64 && (p->dtype != FA_FLOAT32 || !is_backward(p)), FA_UNSUPPORTED,
-            "dtype: the CUDA kernels are for float16, bfloat16 and, forward, float32")
+    REQUIRE(p->dtype != FA_FLOAT64, FA_UNSUPPORTED,
+            "dtype: the CUDA kernels are for float32, float16 and bfloat16")
     REQUIRE(p->head_dim > 0 && p->head_dim_v > 0 &&
                 find_tile(is_backward(p) ? FA_CUDA_BACKWARD : FA_CUDA_FORWARD, p, arch, -1),
-            FA_UNSUPPORTED, "head size: the CUDA kernels are for 1 to 256")
+            FA_UNSUPPORTED,
+            "head size: the CUDA kernels are for 1 to 256; here the tiles of %d and %d do not fit",
+            (int)p->head_dim, (int)p->head_dim_v)
     REQUIRE(p->seq_q <= FA_CUDA_FAR && p->seq_k <= FA_CUDA_FAR &&
                 p->batch * p->heads_q * div_up(p->seq_q > p->seq_k ? p->seq_q : p->seq_k, 32) <=
                     INT_MAX,
@@ -244,10 +270,6 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
     return FA_OK;
 }
 
-static size_t element_bytes(enum fa_dtype dtype) {
-    return dtype == FA_FLOAT32 ? 4 : 2;
-}
-
 /* Whether each row that a kernel touches starts at a multiple of 16 bytes. The stride of a
  * dimension of size 1 may be anything. */
 static int is_aligned(const struct fa_params *p, const struct fa_tensor *t, int64_t heads,
@@ -259,7 +281,7 @@ static int is_aligned(const struct fa_params *p, const struct fa_tensor *t, int6
         bits |= (uint64_t)t->stride_head;
     if (rows > 1)
         bits |= (uint64_t)t->stride_row;
-    return (((uintptr_t)t->data | bits * element_bytes(p->dtype)) & 15) == 0;
+    return (((uintptr_t)t->data | bits * (unsigned)element_bytes(p->dtype)) & 15) == 0;
 }
 
 int fa_cuda_is_aligned(const struct fa_params *p) {

@@ -1,5 +1,5 @@
 /* dQ = scale times the sum that the backward's blocks added up, in the type of the tensor. */
-#include "elem.cuh"
+#include "operand.cuh"
 #include "tile.cuh"
 #include "workspace.cuh"
 
@@ -29,8 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             load_dq_sum(sum, dq_sum_tile(p, b, h, first + m, 8 * (d + warp)));
 #pragma unroll
             for (int r = 0; r < 2; r++)
-                dQ.put(m + g + 8 * r, 8 * (d + warp) + 2 * t,
-                       pack(sum[2 * r] * p.scale, sum[2 * r + 1] * p.scale));
+                put_8_columns(dQ, m + g + 8 * r, 8 * (d + warp), t, sum, r, p.scale);
         }
     }
     __syncthreads();

@@ -67,15 +67,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         score_gradients(dS, p, stats, Q, dO, warp_row, K, V, b, h, first_query + warp_row, key);
 #pragma unroll
         for (int n = 0; n < BLOCK_N / 8; n += 2) {
-            const unsigned a[4] = {pack(dS[n][0], dS[n][1]), pack(dS[n][2], dS[n][3]),
-                                   pack(dS[n + 1][0], dS[n + 1][1]),
-                                   pack(dS[n + 1][2], dS[n + 1][3])};
+            unsigned factor[1][WORDS];
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                put_pair(factor, x / 2, x % 2, dS[n + x / 2][x % 2 * 2],
+                         dS[n + x / 2][x % 2 * 2 + 1]);
+            Operand a;
+            a.set(factor[0]);
 #pragma unroll
             for (int d = 0; d < DEPTH / 8; d += 2) {
-                unsigned k[4];
-                K.b_of_cols(k, 8 * n, 8 * d);
-                mma_16x8x16(dQ[d], a, k[0], k[1]);
-                mma_16x8x16(dQ[d + 1], a, k[2], k[3]);
+                Operand k;
+                K.b_of_cols(k.part[0], 8 * n, 8 * d);
+                k.split();
+                multiply(dQ, d, a, k);
             }
         }
         if (STAGES == 1) {
@@ -90,8 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int d = 0; d < DEPTH / 8; d++)
 #pragma unroll
         for (int r = 0; r < 2; r++)
-            Q.put(warp_row + g + 8 * r, 8 * d + 2 * t,
-                  pack(dQ[d][2 * r] * p.scale, dQ[d][2 * r + 1] * p.scale));
+            put_8_columns(Q, warp_row + g + 8 * r, 8 * d, t, dQ[d], r, p.scale);
     __syncwarp();
     Q.store(row_of(p.dq, b, h, first_query), p.dq.stride_row, p.seq_q - first_query, warp_row, 16,
             lane, 32);

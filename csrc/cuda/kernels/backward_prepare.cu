@@ -14,11 +14,19 @@ static_assert(BLOCK_M == FA_STATS_ROWS, "those that are none are filled in too")
 static __device__ __forceinline__ void load_columns(float (&x)[8], const elem *row, int col) {
 #if FA_ALIGNED
     if (col + 8 <= HEAD_DIM_V) {
+#if FA_DTYPE_FP32
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            const float4 v = *(const float4 *)(row + col + i);
+            x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+        }
+#else
         const uint4 v = *(const uint4 *)(row + col);
         const unsigned word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int i = 0; i < 8; i++)
             x[i] = to_float((elem)(word[i / 2] >> 16 * (i % 2)));
+#endif
         return;
     }
 #endif

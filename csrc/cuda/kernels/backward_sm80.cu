@@ -19,6 +19,7 @@
  * hides it). */
 #include "accumulators.cuh"
 #include "backward_mask_tile.cuh"
+#include "operand.cuh"
 #include "ptx/mbarrier.cuh"
 #include "query_tiles.cuh"
 #include "scores.cuh"
@@ -37,13 +38,16 @@ constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
 #if __CUDA_ARCH__ >= 1000
 constexpr int UNROLL = 1;
 #else
-constexpr int UNROLL = STAGES == 1 || (FA_MASK && HEAD_DIM > 64) ? 1
-                       : FA_MASK || FA_DROPOUT                   ? 2
-                                                                 : 3;
+constexpr int UNROLL = STAGES == 1 || PARTS > 1 || (FA_MASK && HEAD_DIM > 64) ? 1
+                       : FA_MASK || FA_DROPOUT                                ? 2
+                                                                              : 3;
 #endif
+constexpr int OTHERS_UNROLL = PARTS > 1 ? 1 : BLOCK_M / 16; /* all */
 static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
-/* Warps for dQ: 32 queries each, and the columns shared by those that are left. */
-constexpr int DQ_ROWS = 32, DQ_ROW_WARPS = BLOCK_M / DQ_ROWS, DQ_SHARES = WARPS / DQ_ROW_WARPS;
+/* Warps for dQ: 32 queries each, if there are as many, and the columns shared by those that are
+ * left. */
+constexpr int DQ_ROWS = BLOCK_M < 32 ? BLOCK_M : 32;
+constexpr int DQ_ROW_WARPS = BLOCK_M / DQ_ROWS, DQ_SHARES = WARPS / DQ_ROW_WARPS;
 static_assert(BLOCK_M % DQ_ROWS == 0 && WARPS % DQ_ROW_WARPS == 0, "dQ is shared");
 static_assert(FA_STATS_ROWS % BLOCK_M == 0, "row_stats are there for whole tiles");
 
@@ -88,71 +92,68 @@ using DQColumns = Columns<DEPTH, DQ_SHARES>;
 
 /* Of a warp: keys x queries, as accumulators and as the first operand of the next product. */
 typedef float Scores[KEY_TILES][QUERY_TILES][4];
-typedef unsigned Operand[KEY_TILES][QUERY_TILES / 2][4];
+typedef unsigned Factor[KEY_TILES][QUERY_TILES / 2][WORDS];
 
 /* C += A B^T of 16 columns from d on. */
 template <class A, class B>
 static __device__ __forceinline__ void multiply_columns(Scores &C, const A &a_tile, int first_row,
                                                         const B &b_tile, int first_col, int d) {
-    unsigned a[KEY_TILES][4];
+    Operand a[KEY_TILES];
 #pragma unroll
-    for (int k = 0; k < KEY_TILES; k++)
-        a_tile.a(a[k], first_row + 16 * k, d);
+    for (int k = 0; k < KEY_TILES; k++) {
+        a_tile.a(a[k].part[0], first_row + 16 * k, d);
+        a[k].split();
+    }
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m += 2) {
-        unsigned b[4];
-        b_tile.b_of_rows(b, first_col + 8 * m, d);
-#pragma unroll
-        for (int k = 0; k < KEY_TILES; k++) {
-            mma_16x8x16(C[k][m], a[k], b[0], b[1]);
-            mma_16x8x16(C[k][m + 1], a[k], b[2], b[3]);
-        }
+        Operand b;
+        b_tile.b_of_rows(b.part[0], first_col + 8 * m, d);
+        b.split();
+        multiply(C, m, a, b);
     }
 }
 
-/* C = A B^T. The first step stands alone so that it adds to the zero register. */
+/* C = A B^T. The first step stands alone so that it adds to the zero register; in two parts, every
+ * step does. */
 template <class A, class B>
 static __device__ __forceinline__ void multiply_rows(Scores &C, const A &a_tile, int first_row,
                                                      const B &b_tile, int first_col) {
     set_to_zero(C);
-    multiply_columns(C, a_tile, first_row, b_tile, first_col, 0);
+    constexpr bool ALONE = PARTS == 1;
+    if (ALONE)
+        multiply_columns(C, a_tile, first_row, b_tile, first_col, 0);
 #pragma unroll UNROLL
-    for (int d = 16; d < A::WIDTH; d += 16)
+    for (int d = ALONE ? 16 : 0; d < A::WIDTH; d += 16)
         multiply_columns(C, a_tile, first_row, b_tile, first_col, d);
 }
 
 /* C += A B, for 16 rows of B from first_row on. */
 template <int ROW_TILES, class Cols, class B>
-static __device__ __forceinline__ void
-multiply_step(float (&C)[ROW_TILES][Cols::TILES][4], const unsigned (&a)[ROW_TILES][4],
-              const B &b_tile, int first_row, const Cols &cols) {
+static __device__ __forceinline__ void multiply_step(float (&C)[ROW_TILES][Cols::TILES][4],
+                                                     const Operand (&a)[ROW_TILES], const B &b_tile,
+                                                     int first_row, const Cols &cols) {
 #pragma unroll
     for (int d = 0; d < Cols::SHARE; d++) {
         if (!cols.has(d))
             continue;
-        unsigned b[4];
-        b_tile.b_of_cols(b, first_row, cols.first + 16 * d);
-#pragma unroll
-        for (int k = 0; k < ROW_TILES; k++) {
-            mma_16x8x16(C[k][2 * d], a[k], b[0], b[1]);
-            mma_16x8x16(C[k][2 * d + 1], a[k], b[2], b[3]);
-        }
+        Operand b;
+        b_tile.b_of_cols(b.part[0], first_row, cols.first + 16 * d);
+        b.split();
+        multiply(C, 2 * d, a, b);
     }
 }
 
 /* C += P^T B for the warp's own queries, from first_query on. */
 template <class Cols, class B>
 static __device__ __forceinline__ void multiply_own(float (&C)[KEY_TILES][Cols::TILES][4],
-                                                    const Operand &P, const B &b_tile,
+                                                    const Factor &P, const B &b_tile,
                                                     int first_query, const Cols &cols) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++) {
-        unsigned a[KEY_TILES][4];
+        Operand a[KEY_TILES];
 #pragma unroll
         for (int k = 0; k < KEY_TILES; k++)
-#pragma unroll
-            for (int x = 0; x < 4; x++)
-                a[k][x] = P[k][m][x];
+            a[k].set(P[k][m]);
         multiply_step<KEY_TILES>(C, a, b_tile, first_query + 16 * m, cols);
     }
 }
@@ -162,15 +163,17 @@ template <class Cols, class B>
 static __device__ __forceinline__ void
 multiply_others(float (&C)[KEY_TILES][Cols::TILES][4], const PTile &P, int first_key,
                 const B &b_tile, int first_query, const Cols &cols) {
-#pragma unroll
+#pragma unroll OTHERS_UNROLL
     for (int w = 1; w < QUERY_WARPS; w++) {
         const int query = (first_query + w * WARP_QUERIES) % BLOCK_M;
-#pragma unroll
+#pragma unroll OTHERS_UNROLL
         for (int m = 0; m < WARP_QUERIES; m += 16) {
-            unsigned a[KEY_TILES][4];
+            Operand a[KEY_TILES];
 #pragma unroll
-            for (int k = 0; k < KEY_TILES; k++)
-                P.a(a[k], first_key + 16 * k, query + m);
+            for (int k = 0; k < KEY_TILES; k++) {
+                P.a(a[k].part[0], first_key + 16 * k, query + m);
+                a[k].split();
+            }
             multiply_step<KEY_TILES>(C, a, b_tile, query + m, cols);
         }
     }
@@ -189,8 +192,8 @@ static __device__ __forceinline__ void put_gradient(const T &tile, int first_row
                 continue;
 #pragma unroll
             for (int r = 0; r < 2; r++)
-                tile.put(first_row + 16 * k + g + 8 * r, cols.first + 8 * d + 2 * t,
-                         pack(C[k][d][2 * r] * scale, C[k][d][2 * r + 1] * scale));
+                put_8_columns(tile, first_row + 16 * k + g + 8 * r, cols.first + 8 * d, t, C[k][d],
+                              r, scale);
         }
 }
 
@@ -231,7 +234,7 @@ static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_p
     for (int m = 0; m < QUERY_TILES; m += 2)
 #pragma unroll
         for (int k = 0; k < KEY_TILES; k++) {
-            unsigned word[4], masks[4];
+            unsigned word[4], masks[WORDS];
             if (HAS_MASK_TILE)
                 mask.a_transposed(masks, warp_query + 8 * m, warp_key + 16 * k);
             if (FA_DROPOUT)
@@ -307,8 +310,8 @@ static __device__ __forceinline__ void differentiate(Scores &dP, const Scores &P
 
 /* dV wants P after dropout, dK wants dS as it is. */
 template <bool IS_P>
-static __device__ __forceinline__ void to_operand(Operand &a, const Scores &C,
-                                                  const fa_kernel_params &p) {
+static __device__ __forceinline__ void to_factor(Factor &a, const Scores &C,
+                                                 const fa_kernel_params &p) {
 #pragma unroll
     for (int k = 0; k < KEY_TILES; k++)
 #pragma unroll
@@ -320,21 +323,21 @@ static __device__ __forceinline__ void to_operand(Operand &a, const Scores &C,
                     lo = lo < 0 ? 0 : lo * p.dropout_scale;
                     hi = hi < 0 ? 0 : hi * p.dropout_scale;
                 }
-                a[k][m / 2][m % 2 * 2 + r] = pack(lo, hi);
+                put_pair(a[k], m, r, lo, hi);
             }
 }
 
 /* An operand of a warp to shared memory, for the others. */
-static __device__ __forceinline__ void put_operand(const PTile &tile, const Operand &P,
-                                                   int first_key, int first_query, int g, int t) {
+static __device__ __forceinline__ void put_factor(const PTile &tile, const Factor &P, int first_key,
+                                                  int first_query, int g, int t) {
 #pragma unroll
     for (int k = 0; k < KEY_TILES; k++)
 #pragma unroll
         for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
             for (int r = 0; r < 2; r++)
-                tile.put(first_key + 16 * k + g + 8 * r, first_query + 8 * m + 2 * t,
-                         P[k][m / 2][m % 2 * 2 + r]);
+                store_pair(tile, first_key + 16 * k + g + 8 * r, first_query + 8 * m, t, P[k], m,
+                           r);
 }
 
 /* Adds a tile's dQ = dS K to the sum in global memory. */
@@ -345,10 +348,12 @@ static __device__ __forceinline__ void add_dq(const fa_kernel_params &p, const P
     float dQ[DQ_ROWS / 16][DQColumns::TILES][4] = {};
 #pragma unroll UNROLL
     for (int n = 0; n < BLOCK_N; n += 16) {
-        unsigned a[DQ_ROWS / 16][4];
+        Operand a[DQ_ROWS / 16];
 #pragma unroll
-        for (int m = 0; m < DQ_ROWS / 16; m++)
-            dS.a_transposed(a[m], n, first_row + 16 * m);
+        for (int m = 0; m < DQ_ROWS / 16; m++) {
+            dS.a_transposed(a[m].part[0], n, first_row + 16 * m);
+            a[m].split();
+        }
         multiply_step<DQ_ROWS / 16>(dQ, a, K, n, cols);
     }
 #pragma unroll
@@ -433,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int lane = threadIdx.x % 32;
         const int g = lane / 4, t = lane % 4;
         const float2 *stats = (float2 *)(shared_memory + offset + STATS_OFFSET) + warp_query;
-        Operand operand;
+        Factor factor;
         Scores P, dS;
         multiply_rows(P, K, warp_key, Q, warp_query);
         exponentiate(P, p, stats, mask, warp_query, warp_key, b, h, query + warp_query,
@@ -441,16 +446,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         mbarrier_wait(finished, phase); /* all warps, with the tile before this one */
         if (STAGES == 2)
             load(1 - stage, tile);
-        to_operand<true>(operand, P, p);
-        put_operand(shared_P, operand, warp_key, warp_query, g, t);
-        multiply_own(dV, operand, dO, warp_query, dv_columns);
+        to_factor<true>(factor, P, p);
+        put_factor(shared_P, factor, warp_key, warp_query, g, t);
+        multiply_own(dV, factor, dO, warp_query, dv_columns);
 
         multiply_rows(dS, V, warp_key, dO, warp_query);
         differentiate(dS, P, p, stats, b, h, query + warp_query, first_key + warp_key, g, t);
-        to_operand<false>(operand, dS, p);
-        put_operand(shared_dS, operand, warp_key, warp_query, g, t);
+        to_factor<false>(factor, dS, p);
+        put_factor(shared_dS, factor, warp_key, warp_query, g, t);
         mbarrier_arrive(put);
-        multiply_own(dK, operand, Q, warp_query, dk_columns);
+        multiply_own(dK, factor, Q, warp_query, dk_columns);
         mbarrier_wait(put, phase); /* and nobody reads the mask any more */
         load_mask_of(tile);
         multiply_others(dV, shared_P, warp_key, dO, warp_query, dv_columns);

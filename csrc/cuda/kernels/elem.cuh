@@ -21,6 +21,9 @@ static __device__ __forceinline__ float to_float(elem x) {
 }
 #endif
 
+/* Registers of a thread for 16 x 16 elements. */
+constexpr int WORDS = 2 * sizeof(elem);
+
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)

@@ -18,10 +18,9 @@
 #include "tile.cuh"
 
 constexpr int WARP_TILES = BLOCK_M / (THREADS / 32) / 16; /* of 16 queries */
-constexpr int KEY_TILES = BLOCK_N / 8, KEY_STEPS = BLOCK_N / MMA_DEPTH;
-constexpr int DRAW_STEPS = 16 / MMA_DEPTH; /* numbers are drawn for 16 keys at a time */
+constexpr int KEY_TILES = BLOCK_N / 8, KEY_STEPS = BLOCK_N / 16;
 constexpr int OUT_TILES = round_up_16(HEAD_DIM_V) / 8;
-constexpr int DEPTH_STEPS = round_up_16(HEAD_DIM) / MMA_DEPTH;
+constexpr int DEPTH_STEPS = round_up_16(HEAD_DIM) / 16;
 static_assert(WARP_TILES * 16 * (THREADS / 32) == BLOCK_M, "a warp has whole tiles of queries");
 static_assert(BLOCK_N % 16 == 0, "keys come in pairs of tiles");
 
@@ -31,7 +30,8 @@ constexpr int UNROLL = PARTS == 1 ? 64 : 1;
 
 /* Q stays in registers if there is room beside O, S and P of 16 rows. */
 constexpr bool KEEP_Q =
-    PARTS == 1 && WARP_TILES * 4 * (DEPTH_STEPS + OUT_TILES + KEY_TILES) + 4 * KEY_STEPS <= 190;
+    PARTS == 1 &&
+    WARP_TILES * (WORDS * DEPTH_STEPS + 4 * (OUT_TILES + KEY_TILES)) + WORDS * KEY_STEPS <= 190;
 
 using QTile = Tile<BLOCK_M, HEAD_DIM>;
 using KTile = Tile<BLOCK_N, HEAD_DIM>;
@@ -40,13 +40,13 @@ using OTile = Tile<BLOCK_M, HEAD_DIM_V>; /* takes the place of Q, K and V at the
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
-/* A column of tiles of Q: dimensions MMA_DEPTH step and on. */
+/* A column of tiles of Q: dimensions 16 step and on. */
 static __device__ __forceinline__ void load_queries(Operand (&a)[WARP_TILES], const QTile &Q,
                                                     int first_row, int step) {
 #pragma unroll
     for (int w = 0; w < WARP_TILES; w++) {
-        unsigned r[4];
-        Q.a(r, first_row + 16 * w, MMA_DEPTH * step);
+        unsigned r[WORDS];
+        Q.a(r, first_row + 16 * w, 16 * step);
         a[w] = Operand(r);
     }
 }
@@ -64,8 +64,8 @@ multiply_scores(float (&S)[WARP_TILES][KEY_TILES][4], const QTile &Q, int first_
         const auto &a = *(KEEP_Q ? &kept[step] : &loaded);
 #pragma unroll
         for (int n = 0; n < KEY_TILES; n += 2) {
-            unsigned b[4];
-            K.b_of_rows(b, 8 * n, MMA_DEPTH * step);
+            unsigned b[WORDS];
+            K.b_of_rows(b, 8 * n, 16 * step);
             multiply(S, n, a, Operand(b));
         }
     }
@@ -83,22 +83,22 @@ struct Numbers {
             dropout.draw(word[w], i + 16 * w, j, g, t);
     }
 
-    /* P of these keys, the 8 n-th and on of a tile. What is kept is divided by 1 - dropout_p at the
-     * end, in O. */
-    __device__ __forceinline__ void drop(unsigned (&P)[WARP_TILES][KEY_STEPS][4], int n,
+    /* P of these keys, which come first. What is kept is divided by 1 - dropout_p at the end, in O.
+     */
+    __device__ __forceinline__ void drop(unsigned (&P)[WARP_TILES][KEY_STEPS][WORDS],
                                          const Dropout &dropout) const {
 #pragma unroll
         for (int w = 0; w < WARP_TILES; w++)
 #pragma unroll
             for (int x = 0; x < 4; x++)
-                drop_pair(P[w], n + x % 2, x / 2, dropout.kept(word[w][x]));
+                drop_pair(P[w], x % 2, x / 2, dropout.kept(word[w][x]));
     }
 };
 
 /* O += P V, of the warp's rows, from i on, and the keys from j on; P is used up. The numbers of the
  * next keys are drawn while the tensor cores are busy. */
 static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OUT_TILES][4],
-                                                       unsigned (&P)[WARP_TILES][KEY_STEPS][4],
+                                                       unsigned (&P)[WARP_TILES][KEY_STEPS][WORDS],
                                                        const VTile &V, const Dropout &dropout,
                                                        int i, int j) {
     Numbers numbers;
@@ -106,10 +106,10 @@ static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OU
         numbers.draw(dropout, i, j);
 #pragma unroll(UNROLL)
     for (int step = 0; step < KEY_STEPS; step++) {
-        if (FA_DROPOUT && step % DRAW_STEPS == 0) {
-            numbers.drop(P, 0, dropout);
-            if (step + DRAW_STEPS < KEY_STEPS)
-                numbers.draw(dropout, i, j + MMA_DEPTH * (step + DRAW_STEPS));
+        if (FA_DROPOUT) {
+            numbers.drop(P, dropout);
+            if (step + 1 < KEY_STEPS)
+                numbers.draw(dropout, i, j + 16 * (step + 1));
         }
         Operand a[WARP_TILES];
 #pragma unroll
@@ -118,13 +118,13 @@ static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OU
 #pragma unroll
             for (int next = 1; next < KEY_STEPS; next++)
 #pragma unroll
-                for (int x = 0; x < 4; x++)
+                for (int x = 0; x < WORDS; x++)
                     P[w][next - 1][x] = P[w][next][x];
         }
 #pragma unroll
         for (int d = 0; d < OUT_TILES; d += 2) {
-            unsigned b[4];
-            V.b_of_cols(b, MMA_DEPTH * step, 8 * d);
+            unsigned b[WORDS];
+            V.b_of_cols(b, 16 * step, 8 * d);
             multiply(O, d, a, Operand(b));
         }
     }
@@ -275,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
             continue;
 
         const bool cut = is_cut(p, i, 16 * WARP_TILES, key, BLOCK_N);
-        unsigned P[WARP_TILES][KEY_STEPS][4];
+        unsigned P[WARP_TILES][KEY_STEPS][WORDS];
 #pragma unroll
         for (int w = 0; w < WARP_TILES; w++) {
             const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);

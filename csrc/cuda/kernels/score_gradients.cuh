@@ -3,6 +3,7 @@
 #pragma once
 
 #include "accumulators.cuh"
+#include "operand.cuh"
 #include "scores.cuh"
 #include "tile.cuh"
 
@@ -11,16 +12,18 @@ template <int TILES, class A, class B>
 static __device__ __forceinline__ void multiply_rows(float (&C)[TILES][4], const A &a_tile,
                                                      int first_row, const B &b_tile) {
     set_to_zero(C);
-#pragma unroll 4 /* of more, the compiler loads more ahead than it has registers for */
+#pragma unroll(PARTS == 1 ? 4                                                                      \
+                          : 1) /* of more, the compiler loads more ahead than it has registers */
     for (int d = 0; d < A::WIDTH; d += 16) {
-        unsigned a[4];
-        a_tile.a(a, first_row, d);
+        Operand a;
+        a_tile.a(a.part[0], first_row, d);
+        a.split();
 #pragma unroll
         for (int n = 0; n < TILES; n += 2) {
-            unsigned b[4];
-            b_tile.b_of_rows(b, 8 * n, d);
-            mma_16x8x16(C[n], a, b[0], b[1]);
-            mma_16x8x16(C[n + 1], a, b[2], b[3]);
+            Operand b;
+            b_tile.b_of_rows(b.part[0], 8 * n, d);
+            b.split();
+            multiply(C, n, a, b);
         }
     }
 }

@@ -46,7 +46,7 @@ struct Softmax {
 
     /* P = exp2(c S - m), with c > 0, as an operand of P V. */
     template <int KEY_TILES, int STEPS, int OUT_TILES>
-    __device__ __forceinline__ void operator()(unsigned (&P)[STEPS][4],
+    __device__ __forceinline__ void operator()(unsigned (&P)[STEPS][WORDS],
                                                const float (&S)[KEY_TILES][4], float c,
                                                float (&O)[OUT_TILES][4]) {
         constexpr float LIMIT = 4096; /* of a sum; float16 ends at 65504 */

@@ -19,6 +19,18 @@ __host__ __device__ constexpr int power_of_2_from(int n) {
     return power;
 }
 
+/* Of rows of 32 bytes: the first halves, and the second. */
+static __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[8], unsigned address) {
+#pragma unroll
+    for (int half = 0; half < 8; half += 4) {
+        unsigned four[4];
+        ldmatrix_x4(four, address + 8 * half);
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+            r[half + x] = four[x];
+    }
+}
+
 template <int ROWS_, int COLS_> struct Tile {
     static constexpr int ROWS = ROWS_, COLS = COLS_, WIDTH = round_up_16(COLS_);
     static constexpr int PITCH = WIDTH * (int)sizeof(elem) + 16; /* bytes from row to row */
@@ -115,42 +127,54 @@ template <int ROWS_, int COLS_> struct Tile {
         store_shared_1(at(row, col), pair);
     }
 
-    /* --- operands of an mma, for this thread: of mma_16x8x16, or of mma_16x8x8 for floats, which
-     * is half as deep: DEPTH columns or rows, 32 bytes --- */
+    /* --- operands of 16 x 16, for this thread: of one mma_16x8x16 or, for floats, of two
+     * mma_16x8x8, one after the other --- */
 
-    static constexpr int DEPTH = 32 / sizeof(elem);
-
-    /* A = tile[row .. row + 15][col .. col + DEPTH - 1] */
-    __device__ __forceinline__ void a(unsigned (&r)[4], int row, int col) const {
+    /* A = tile[row .. row + 15][col .. col + 15] */
+    __device__ __forceinline__ void a(unsigned (&r)[WORDS], int row, int col) const {
         const int lane = threadIdx.x % 32;
         ldmatrix_x4(r, at(row + lane % 16, col + lane / 16 * CHUNK));
     }
-    /* Two B: the transposes of tile[row .. row + 7][col .. col + DEPTH - 1] in r[0], r[1] and of
-     * the next eight rows in r[2], r[3]: a product with the rows of the tile, as in Q K^T. */
-    __device__ __forceinline__ void b_of_rows(unsigned (&r)[4], int row, int col) const {
+    /* Two B: the transposes of tile[row .. row + 7][col .. col + 15] in the first half of each r of
+     * four and of the next eight rows in the second: a product with the rows of the tile, as in
+     * Q K^T. */
+    __device__ __forceinline__ void b_of_rows(unsigned (&r)[WORDS], int row, int col) const {
         const int lane = threadIdx.x % 32;
         ldmatrix_x4(r, at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * CHUNK));
     }
 #if FA_DTYPE_FP32
-    /* Two B of tile[row .. row + 7][col .. col + 15] for a product with the columns, as in P V. No
-     * instruction transposes floats on the way. So the rows are taken in the order 0 2 4 6 1 3 5 7,
-     * which is that of the columns of P where it is an accumulator of Q K^T, and the even columns
-     * are in r[0], r[1], the odd ones in r[2], r[3]: two neighbours are loaded at once. */
-    __device__ __forceinline__ void b_of_cols(unsigned (&r)[4], int row, int col) const {
+    /* No instruction transposes floats on the way. So the rows are taken in the order 0 2 4 6 1 3 5
+     * 7, which is that of the columns of P where it is an accumulator of Q K^T, and of two B one
+     * has the even columns, the other the odd ones: two neighbours are loaded at once. */
+
+    /* A = the transpose of what store_pair has stored in tile[row .. row + 15][col .. col + 15] */
+    __device__ __forceinline__ void a_transposed(unsigned (&r)[WORDS], int row, int col) const {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        const unsigned from = at(row + 2 * t, col + g / 2 + g % 2 * 4);
+#pragma unroll
+        for (int x = 0; x < WORDS; x++)
+            r[x] = load_shared_1(from + (x / 4 * 8 + x / 2 % 2) * PITCH +
+                                 x % 2 * 8 * (int)sizeof(elem));
+    }
+    /* Two B of tile[row .. row + 15][col .. col + 15] for a product with the columns, as in P V. */
+    __device__ __forceinline__ void b_of_cols(unsigned (&r)[WORDS], int row, int col) const {
         const int lane = threadIdx.x % 32;
         const unsigned from = at(row + lane % 4 * 2, col + lane / 4 * 2);
-        load_shared_2(r[0], r[2], from);
-        load_shared_2(r[1], r[3], from + PITCH);
+#pragma unroll
+        for (int half = 0; half < 8; half += 4) {
+            load_shared_2(r[half], r[half + 2], from + half * 2 * PITCH);
+            load_shared_2(r[half + 1], r[half + 3], from + (half * 2 + 1) * PITCH);
+        }
     }
 #else
     /* A = the transpose of tile[row .. row + 15][col .. col + 15] */
-    __device__ __forceinline__ void a_transposed(unsigned (&r)[4], int row, int col) const {
+    __device__ __forceinline__ void a_transposed(unsigned (&r)[WORDS], int row, int col) const {
         const int lane = threadIdx.x % 32;
         ldmatrix_x4_trans(r, at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
     }
     /* Two B: tile[row .. row + 15][col .. col + 7] in r[0], r[1] and the next eight columns in
      * r[2], r[3]: a product with the columns, as in P V. */
-    __device__ __forceinline__ void b_of_cols(unsigned (&r)[4], int row, int col) const {
+    __device__ __forceinline__ void b_of_cols(unsigned (&r)[WORDS], int row, int col) const {
         const int lane = threadIdx.x % 32;
         ldmatrix_x4_trans(r, at(row + lane % 16, col + lane / 16 * 8));
     }
