@@ -92,20 +92,32 @@ static void T(load_row_statistics)(const struct T(backward_scratch) * s, const s
 static void T(probabilities_and_dS)(real *S, real *dP, int keys, int ld, real scale,
                                     const real *lse, const real *delta, const real *keep) {
     const vec zero = V(set1)(0), negative_c = V(set1)(-scale);
-    for (int j = 0; j < keys; j++) {
-        for (int r = 0; r < ld; r += LANES) {
-            const int64_t x = (int64_t)j * ld + r;
-            const vec below = V(max)(zero, V(fma)(V(load)(S + x), negative_c, V(load)(lse + r)));
-            const vec P = exp_vec(zero - below);
-            vec dPx = V(load)(dP + x);
-            if (keep) {
-                const vec kept = V(load)(keep + x);
-                dPx = dPx * kept;
-                V(store)(S + x, P * kept);
-            } else {
-                V(store)(S + x, P);
+    const vec negative_log2e = V(set1)((real)-FA_LOG2E);
+    for (int r = 0; r < ld; r += LANES) {
+        const vec lse_r = V(load)(lse + r), delta_r = V(load)(delta + r);
+        for (int j = 0; j < keys; j += EXP2_VECS) {
+            real *s = S + (int64_t)j * ld + r, *dp = dP + (int64_t)j * ld + r;
+            const int n = (int)fa_min(EXP2_VECS, keys - j);
+            vec P[EXP2_VECS];
+            FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
+                /* past the last key, any of the tile */
+                const vec x = V(load)(s + (u < n ? u : 0) * ld);
+                P[u] = V(max)(zero, V(fma)(x, negative_c, lse_r)) * negative_log2e;
             }
-            V(store)(dP + x, P * (dPx - V(load)(delta + r)));
+            exp2_vecs(P);
+            FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
+                if (u >= n)
+                    break;
+                vec dPu = V(load)(dp + u * ld);
+                if (keep) {
+                    const vec kept = V(load)(keep + (int64_t)(j + u) * ld + r);
+                    dPu = dPu * kept;
+                    V(store)(s + u * ld, P[u] * kept);
+                } else {
+                    V(store)(s + u * ld, P[u]);
+                }
+                V(store)(dp + u * ld, P[u] * (dPu - delta_r));
+            }
         }
     }
 }
@@ -175,9 +187,9 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
     T(load_row_statistics)(s, p, batch, queries);
 
     gemm(s->S, ld, tile->Ka + skip * tile->ld_ka, tile->ld_ka, 1, s->Qt, ld, keys, ld,
-         fa_div_up(p->head_dim, DEPTH), 0);
+         fa_div_up(p->head_dim, DEPTH), 0, NULL);
     gemm(s->dP, ld, tile->Va + skip * tile->ld_va, tile->ld_va, 1, s->dOt, ld, keys, ld,
-         fa_div_up(p->head_dim_v, DEPTH), 0);
+         fa_div_up(p->head_dim_v, DEPTH), 0, NULL);
 
     real scale = (real)p->scale;
     if (p->mask.data || T(window_cuts)(p, queries, key, keys)) {
@@ -200,7 +212,7 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
                                              queries->count, &cols, s->dOb, &ldb);
         gemm(tile->dV.rows + skip * tile->dV.ld, tile->dV.ld,
              T(sum_over_queries)(P, keys, ld, s->pairs), ld / DEPTH, 1, dO, ldb, keys, cols,
-             fa_div_up(queries->count, DEPTH), 1);
+             fa_div_up(queries->count, DEPTH), 1, NULL);
     }
     if (p->dk.data) {
         int64_t ldb, cols = p->head_dim;
@@ -208,12 +220,12 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
                                             queries->count, &cols, s->Qb, &ldb);
         gemm(tile->dK.rows + skip * tile->dK.ld, tile->dK.ld,
              T(sum_over_queries)(dS, keys, ld, s->pairs), ld / DEPTH, 1, Q, ldb, keys, cols,
-             fa_div_up(queries->count, DEPTH), 1);
+             fa_div_up(queries->count, DEPTH), 1, NULL);
     }
     if (p->dq.data)
         gemm(dQ.rows, dQ.ld, T(sum_over_keys)(dS, keys, ld, s->pairs), 1, ld,
              tile->Kb + skip / DEPTH * tile->ld_kb, tile->ld_kb, queries->count, tile->cols_kb,
-             fa_div_up(keys, DEPTH), 1);
+             fa_div_up(keys, DEPTH), 1, NULL);
 }
 
 /* Rows i, i + 1, ... of query head g of a group. */

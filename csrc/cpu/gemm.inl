@@ -5,7 +5,7 @@
  * A is read one operand at a time and broadcast, so that its two strides can be anything: K and V
  * are read in place, P and dS as they are or transposed. B is read, and C written, in vectors along
  * j. Sums start from zero in registers and are added to C at the end, which halves the rounding
- * error against adding every product to C. */
+ * error against adding every product to C. `ahead`, if given, is fetched meanwhile. */
 
 /* `rows` x `vecs` vectors of C. Both are constants where this is called, so that `acc` lives in
  * registers; tail is the number of lanes that the last vector of a row has, 0 for all. */
@@ -45,7 +45,7 @@ FA_ALWAYS_INLINE void gemm_block(const int rows, const int vecs, const int tail,
 
 static void gemm(real *C, int64_t ldc, const operand *A, int64_t a_row, int64_t a_col,
                  const operand *B, int64_t ldb, int64_t rows, int64_t cols, int64_t depth,
-                 int accumulate) {
+                 int accumulate, struct fa_ahead *ahead) {
     for (int64_t j = 0; j < cols; j += GEMM_VECS * LANES) {
         const int64_t left = cols - j;
         const int vecs = left < GEMM_VECS * LANES ? (int)((left + LANES - 1) / LANES) : GEMM_VECS;
@@ -53,6 +53,8 @@ static void gemm(real *C, int64_t ldc, const operand *A, int64_t a_row, int64_t 
         int step;
         for (int64_t i = 0; i < rows; i += step) {
             step = rows - i >= GEMM_ROWS ? GEMM_ROWS : rows - i >= 4 ? 4 : rows - i >= 2 ? 2 : 1;
+            if (ahead)
+                fa_fetch(ahead);
             real *c = C + i * ldc + j;
             const operand *a = A + i * a_row, *b = B + j;
 #define CASE(ROWS, VECS)                                                                           \
