@@ -18,7 +18,7 @@ struct T(forward_scratch) {
     real *S;       /* [block_n][ld] */
     operand *P;    /* [block_n / DEPTH][ld], in place of S where operands are reals */
     real *edit;    /* [block_n][ld], a mask, then dropout */
-    operand *K;    /* [block_n][operand_ld(D)], where K cannot be read in place */
+    operand *K;    /* [block_n][operand_ld(D)], NULL: K can be read in place */
     operand *V;    /* [block_n / DEPTH][panel_ld(Dv)], likewise */
     real *rescale; /* [ld] */
     int64_t ld_o;  /* Dv rounded up to whole vectors */
@@ -41,8 +41,11 @@ static size_t T(take_forward_scratch)(struct T(forward_scratch) * s, const struc
     s->S = TAKE(real, n * ld);
     s->P = DEPTH > 1 ? TAKE(operand, n / DEPTH * ld) : (operand *)s->S;
     s->edit = TAKE(real, p->mask.data || p->dropout_p > 0 ? n * ld : 0);
-    s->K = TAKE(operand, n * T(operand_ld)(p->head_dim));
-    s->V = TAKE(operand, n / DEPTH * T(panel_ld)(p->head_dim_v));
+    s->K = s->V = NULL;
+    if (!T(are_operands)(&p->k, p->head_dim))
+        s->K = TAKE(operand, n * T(operand_ld)(p->head_dim));
+    if (DEPTH > 1 || !T(are_operands)(&p->v, p->head_dim_v))
+        s->V = TAKE(operand, n / DEPTH * T(panel_ld)(p->head_dim_v));
     s->rescale = TAKE(real, ld);
 #undef TAKE
     return (size_t)(cursor - (uintptr_t)memory);
@@ -173,32 +176,19 @@ static void T(start_block)(struct T(query_block) * block, const struct fa_params
 struct T(forward_keys) {
     int64_t key, end; /* what they are of all keys */
     const operand *K, *V;
-    int64_t ldk, ldv, cols; /* columns of V that can be read */
+    int64_t ldk, ldv;
 };
 
 /* The keys [first, end) of a tile. */
 static struct T(forward_keys)
     T(load_keys)(const struct fa_params *p, const struct fa_query_tile *t,
                  const struct T(forward_scratch) * s, int64_t first, int64_t end) {
-    struct T(forward_keys) keys = {.key = first, .end = end, .cols = p->head_dim_v};
+    struct T(forward_keys) keys = {.key = first, .end = end};
     keys.K = T(rows_operand)(T(at)(&p->k, t->batch, t->head_k, first), p->k.stride_row, end - first,
                              p->head_dim, s->K, &keys.ldk);
     keys.V = T(panel_operand)(T(at)(&p->v, t->batch, t->head_k, first), p->v.stride_row,
-                              end - first, &keys.cols, s->V, &keys.ldv);
+                              end - first, p->head_dim_v, s->V, &keys.ldv);
     return keys;
-}
-
-/* Rows [first, last) of K or V, at most a tile of them, to be fetched in `steps` steps. */
-static struct fa_ahead T(rows_ahead)(const struct fa_tensor *x, const struct fa_query_tile *t,
-                                     int64_t first, int64_t last, int64_t cols, int64_t steps) {
-    const int64_t rows = fa_max(0, fa_min(FA_BLOCK_N, last - first));
-    return (struct fa_ahead){
-        .row = rows ? (const char *)T(at)(x, t->batch, t->head_k, first) : NULL,
-        .stride = x->stride_row * (int64_t)sizeof(elem),
-        .bytes = cols * (int64_t)sizeof(elem),
-        .rows = rows,
-        .step = fa_div_up(rows, steps),
-    };
 }
 
 /* A block of queries against the keys of a tile that it sees. */
@@ -226,7 +216,7 @@ static void T(attend)(const struct T(query_block) * block, const struct T(forwar
                       T(score_scale)(p) * (real)FA_LOG2E, block->m, block->l, s->rescale);
     T(rescale_rows)(block->O, queries->count, s->ld_o, s->rescale);
     gemm(block->O, s->ld_o, s->P, 1, ld, tile->V + skip / DEPTH * tile->ldv, tile->ldv,
-         queries->count, tile->cols, fa_div_up(keys, DEPTH), 1, ahead_v);
+         queries->count, p->head_dim_v, fa_div_up(keys, DEPTH), 1, ahead_v);
 }
 
 /* A partial result is [block_m][ld_o] of unnormalised O, then m and l. */
@@ -258,10 +248,12 @@ static void T(forward_tile)(const struct fa_params *p, const struct fa_query_til
     for (int64_t key = first / FA_BLOCK_N * FA_BLOCK_N; key < last; key += FA_BLOCK_N) {
         const int64_t end = fa_min(key + FA_BLOCK_N, t->key_end);
         const struct T(forward_keys) tile = T(load_keys)(p, t, &s, key, end);
-        struct fa_ahead ahead_k = T(rows_ahead)(&p->k, t, end, last, p->head_dim,
+        const int64_t next = fa_max(0, fa_min(FA_BLOCK_N, last - end));
+        struct fa_ahead ahead_k = T(rows_ahead)(&p->k, t->batch, t->head_k, end, next, p->head_dim,
                                                 blocks * fa_div_up(FA_BLOCK_N, GEMM_ROWS));
-        struct fa_ahead ahead_v = T(rows_ahead)(&p->v, t, end, last, p->head_dim_v,
-                                                blocks * fa_div_up(FA_BLOCK_M, GEMM_ROWS));
+        struct fa_ahead ahead_v =
+            T(rows_ahead)(&p->v, t->batch, t->head_k, end, next, p->head_dim_v,
+                          blocks * fa_div_up(FA_BLOCK_M, GEMM_ROWS));
         for (int i = 0; i < blocks; i++)
             T(attend)(&s.blocks[i], &tile, &s, p, t->batch, &ahead_k, &ahead_v);
     }
