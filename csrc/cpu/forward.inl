@@ -8,7 +8,7 @@
 struct T(query_block) {
     struct T(queries) queries;
     int64_t begin, end; /* the keys that some query sees */
-    operand *Qt;        /* [D / DEPTH][ld] */
+    operand *Q;         /* [D / DEPTH][ld]; of few queries [rows][operand_ld(D)] */
     real *O;            /* [rows][ld_o], unnormalised */
     real *m, *l;        /* [ld] row maximum, before score_scale, and row sum */
 };
@@ -33,7 +33,8 @@ static size_t T(take_forward_scratch)(struct T(forward_scratch) * s, const struc
 #define TAKE(TYPE, COUNT) fa_take(&cursor, (size_t)(COUNT) * sizeof(TYPE))
     for (int i = 0; i < fa_div_up(rows, FA_BLOCK_M); i++) {
         struct T(query_block) *block = &s->blocks[i];
-        block->Qt = TAKE(operand, fa_div_up(p->head_dim, DEPTH) * ld);
+        block->Q = rows <= GEMM_FEW ? TAKE(operand, rows * T(operand_ld)(p->head_dim))
+                                    : TAKE(operand, fa_div_up(p->head_dim, DEPTH) * ld);
         block->O = TAKE(real, ld * s->ld_o);
         block->m = TAKE(real, ld);
         block->l = TAKE(real, ld);
@@ -194,7 +195,7 @@ static struct T(forward_keys)
 /* A block of queries against the keys of a tile that it sees. */
 static void T(attend)(const struct T(query_block) * block, const struct T(forward_keys) * tile,
                       const struct T(forward_scratch) * s, const struct fa_params *p, int64_t batch,
-                      struct fa_ahead *ahead_k, struct fa_ahead *ahead_v) {
+                      int few, struct fa_ahead *ahead_k, struct fa_ahead *ahead_v) {
     const struct T(queries) *queries = &block->queries;
     const int ld = queries->ld;
     /* From an even key on: operands can be pairs of keys. */
@@ -202,8 +203,13 @@ static void T(attend)(const struct T(query_block) * block, const struct T(forwar
     const int keys = (int)fa_max(0, fa_min(tile->end, block->end) - key);
     if (keys == 0)
         return;
-    gemm(s->S, ld, tile->K + skip * tile->ldk, tile->ldk, 1, block->Qt, ld, keys, ld,
-         fa_div_up(p->head_dim, DEPTH), 0, ahead_k);
+    const operand *K = tile->K + skip * tile->ldk;
+    const int64_t depth = fa_div_up(p->head_dim, DEPTH);
+    if (few)
+        gemm_few(s->S, K, tile->ldk, block->Q, T(operand_ld)(p->head_dim), keys, queries->count,
+                 depth, ahead_k, ahead_v);
+    else
+        gemm(s->S, ld, K, tile->ldk, 1, block->Q, ld, keys, ld, depth, 0, ahead_k);
     if (T(scales_early)(p) || T(window_cuts)(p, queries, key, keys)) {
         if (p->mask.data)
             T(load_mask)(s->edit, p, batch, queries, key, keys);
@@ -228,13 +234,20 @@ static void T(forward_tile)(const struct fa_params *p, const struct fa_query_til
                             void *scratch) {
     struct T(forward_scratch) s;
     T(take_forward_scratch)(&s, p, t->rows, scratch);
-    const int blocks = (int)fa_div_up(t->rows, FA_BLOCK_M);
+    const int blocks = (int)fa_div_up(t->rows, FA_BLOCK_M), few = t->rows <= GEMM_FEW;
     int64_t first = t->key_end, last = t->key_begin; /* the keys that some query of the tile sees */
     for (int i = 0; i < blocks; i++) {
         struct T(query_block) *block = &s.blocks[i];
         const struct T(queries) *queries = &block->queries;
         T(start_block)(block, p, t, i * FA_BLOCK_M, s.ld_o);
-        T(transpose_operand)(block->Qt, &p->q, t->batch, queries, p->head_dim);
+        if (few) {
+            for (int r = 0; r < queries->count; r++)
+                T(convert_row)(block->Q + r * T(operand_ld)(p->head_dim),
+                               T(at)(&p->q, t->batch, queries->head[r], queries->row[r]),
+                               p->head_dim);
+        } else {
+            T(transpose_operand)(block->Q, &p->q, t->batch, queries, p->head_dim);
+        }
         block->begin = t->key_end;
         block->end = t->key_begin;
         for (int r = 0; r < queries->count; r++) {
@@ -249,13 +262,15 @@ static void T(forward_tile)(const struct fa_params *p, const struct fa_query_til
         const int64_t end = fa_min(key + FA_BLOCK_N, t->key_end);
         const struct T(forward_keys) tile = T(load_keys)(p, t, &s, key, end);
         const int64_t next = fa_max(0, fa_min(FA_BLOCK_N, last - end));
-        struct fa_ahead ahead_k = T(rows_ahead)(&p->k, t->batch, t->head_k, end, next, p->head_dim,
-                                                blocks * fa_div_up(FA_BLOCK_N, GEMM_ROWS));
+        const int64_t keys_step = few ? LANES : GEMM_ROWS;
+        const int64_t steps = blocks * fa_div_up(FA_BLOCK_N, keys_step);
+        const int64_t steps_v = few ? steps : blocks * fa_div_up(FA_BLOCK_M, GEMM_ROWS);
+        struct fa_ahead ahead_k =
+            T(rows_ahead)(&p->k, t->batch, t->head_k, end, next, p->head_dim, steps);
         struct fa_ahead ahead_v =
-            T(rows_ahead)(&p->v, t->batch, t->head_k, end, next, p->head_dim_v,
-                          blocks * fa_div_up(FA_BLOCK_M, GEMM_ROWS));
+            T(rows_ahead)(&p->v, t->batch, t->head_k, end, next, p->head_dim_v, steps_v);
         for (int i = 0; i < blocks; i++)
-            T(attend)(&s.blocks[i], &tile, &s, p, t->batch, &ahead_k, &ahead_v);
+            T(attend)(&s.blocks[i], &tile, &s, p, t->batch, few, &ahead_k, &ahead_v);
     }
     if (t->partial) { /* of one block */
         const struct T(query_block) *block = s.blocks;

@@ -34,6 +34,8 @@
 /* Functions that exist once for every ELEM or OPERAND. */
 #define gemm FA_JOIN(gemm, OPERAND)
 #define gemm_block FA_JOIN(gemm_block, OPERAND)
+#define gemm_few FA_JOIN(gemm_few, OPERAND)
+#define GEMM_FEW FA_JOIN(GEMM_FEW, OPERAND)
 #define exp2_vecs FA_JOIN(exp2_vecs, OPERAND)
 #define T(name) FA_JOIN(name, ELEM)
 

@@ -1,0 +1,52 @@
+"""The yardsticks: how many operations and bytes a second this machine's cores are capable of."""
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from flash_attn_ext.measure import take_turns
+
+SOURCE = Path(__file__).with_name("machine.c")
+ROUNDS = 500_000
+
+
+class Machine:
+    """What `threads` threads reach together, each on its own (a call from ctypes has no GIL)."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads)
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder, "machine.so")
+            flags = "-O2 -march=native -ffp-contract=fast -shared -fPIC".split()
+            compiler = os.environ.get("CC", "cc")
+            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+            self._library = ctypes.CDLL(str(library))
+        self._read = self._library.read_memory
+        self._read.argtypes = ctypes.c_void_p, ctypes.c_size_t
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """Multiply-adds in registers, a second; None where there is no instruction for dtype."""
+        fma = getattr(self._library, f"fma_{dtype}")
+        fma.argtypes, fma.restype = (ctypes.c_long,), ctypes.c_double
+        flop = fma(ROUNDS) * self.threads
+        if flop == 0:
+            return None
+        return flop / self._best(lambda _: fma(ROUNDS))
+
+    def read_bytes(self, size: int = 2**28) -> float:
+        """Bytes a second of a plain read of memory that no cache holds."""
+        memory, share = torch.ones(size, dtype=torch.uint8), size // self.threads
+        start = memory.data_ptr()
+        return size / self._best(lambda i: self._read(start + i * share, share))
+
+    def _best(self, work) -> float:
+        samples = take_turns(
+            {"machine": lambda: list(self._pool.map(work, range(self.threads)))}, seconds=0.5
+        )
+        return samples["machine"].best
