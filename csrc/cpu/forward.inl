@@ -262,11 +262,11 @@ static void T(forward_tile)(const struct fa_params *p, const struct fa_query_til
         const int64_t end = fa_min(key + FA_BLOCK_N, t->key_end);
         const struct T(forward_keys) tile = T(load_keys)(p, t, &s, key, end);
         const int64_t next = fa_max(0, fa_min(FA_BLOCK_N, last - end));
-        const int64_t keys_step = few ? LANES : GEMM_ROWS;
-        const int64_t steps = blocks * fa_div_up(FA_BLOCK_N, keys_step);
-        const int64_t steps_v = few ? steps : blocks * fa_div_up(FA_BLOCK_M, GEMM_ROWS);
+        const int64_t steps_few = t->rows * fa_div_up(end - key, GEMM_FEW_ROWS);
+        const int64_t steps_k = few ? steps_few : blocks * fa_div_up(end - key, GEMM_ROWS);
+        const int64_t steps_v = few ? steps_few : blocks * fa_div_up(FA_BLOCK_M, GEMM_ROWS);
         struct fa_ahead ahead_k =
-            T(rows_ahead)(&p->k, t->batch, t->head_k, end, next, p->head_dim, steps);
+            T(rows_ahead)(&p->k, t->batch, t->head_k, end, next, p->head_dim, steps_k);
         struct fa_ahead ahead_v =
             T(rows_ahead)(&p->v, t->batch, t->head_k, end, next, p->head_dim_v, steps_v);
         for (int i = 0; i < blocks; i++)
