@@ -259,7 +259,7 @@ static void T(forward_tile)(const struct fa_params *p, const struct fa_query_til
     }
     /* Tiles of keys start at multiples of block_n: which queries share a tile changes nothing. */
     for (int64_t key = first / FA_BLOCK_N * FA_BLOCK_N; key < last; key += FA_BLOCK_N) {
-        const int64_t end = fa_min(key + FA_BLOCK_N, t->key_end);
+        const int64_t end = fa_min(fa_min(key + FA_BLOCK_N, fa_round_up(last, 2)), t->key_end);
         const struct T(forward_keys) tile = T(load_keys)(p, t, &s, key, end);
         const int64_t next = fa_max(0, fa_min(FA_BLOCK_N, last - end));
         const int64_t steps_few = t->rows * fa_div_up(end - key, GEMM_FEW_ROWS);
