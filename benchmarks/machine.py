@@ -39,11 +39,14 @@ class Machine:
             return None
         return flop / self._best(lambda _: fma(ROUNDS))
 
-    def read_bytes(self, size: int = 2**28) -> float:
-        """Bytes a second of a plain read of memory that no cache holds."""
-        memory, share = torch.ones(size, dtype=torch.uint8), size // self.threads
-        start = memory.data_ptr()
-        return size / self._best(lambda i: self._read(start + i * share, share))
+    def read(self, *tensors: torch.Tensor) -> None:
+        """Reads contiguous tensors once, and does nothing with them."""
+        starts, sizes = [], []
+        for tensor in tensors:
+            share = tensor.nbytes // self.threads // 64 * 64
+            starts += [tensor.data_ptr() + i * share for i in range(self.threads)]
+            sizes += [share] * self.threads
+        list(self._pool.map(self._read, starts, sizes))
 
     def _best(self, work) -> float:
         samples = take_turns(

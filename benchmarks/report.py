@@ -72,11 +72,12 @@ def cpu_table(record: dict) -> str:
         ),
     ]
     for cell in by_group.get("decode", []):
+        took = cell["forward"]
         parts.append(
             f"Decoding, {cell['dtype']}, one query for each of {cell['heads']} heads over "
             f"{cell['length_k']} keys of {cell['heads_k']} heads, batch {cell['batch']}: "
-            f"{cell['forward']['speedup']['median']:.2f} times as fast, reading "
-            f"{cell['ours_gb_s']:.1f} GB/s ({cell['of_read']:.0%} of a plain read)."
+            f"{took['speedup']['median']:.2f} times as fast, reading "
+            f"{took['ours_gb_s']:.1f} GB/s ({took['of_read']:.0%} of a plain read)."
         )
     for cell in by_group.get("small", []):
         times = [
