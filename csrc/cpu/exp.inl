@@ -1,17 +1,13 @@
-/* 2^x for the real type REAL, as exactly as OPERAND can hold it.
+/* 2^x for the real type REAL.
  *
  * x = n + f with n whole and |f| <= 1/2; 2^f is a polynomial, fitted by Remez exchange for the
  * least relative error with its constant term fixed at 1: 2.6e-9 for f32 (the rounding of the sum
- * dominates, about 1 ulp), 1.8e-17 for f64, 3.6e-6 where the result becomes a bf16. Minus infinity
- * gives exactly 0, NaN stays NaN. */
+ * dominates, about 1 ulp), 1.8e-17 for f64. Minus infinity gives exactly 0, NaN stays NaN. */
 
 // clang-format off
 #define f32_EXP2_COEFFICIENTS {                                                                    \
     1.0f, 0.693147215f, 0.2402265278f, 0.05550310551f, 0.009617692973f, 0.00134066439f,            \
     0.0001559467816f}
-
-#define bf16x2_EXP2_COEFFICIENTS {                                                                 \
-    1.0f, 0.6931136044f, 0.2402071108f, 0.05597688363f, 0.009782912638f}
 
 #define f64_EXP2_COEFFICIENTS {                                                                    \
     1.0, 0.693147180559945697, 0.24022650695910098, 0.0555041086647903946,                         \
@@ -23,7 +19,7 @@
 /* Of EXP2_VECS vectors, step by step: one alone is a chain of dependent instructions, and a
  * processor does not look far enough ahead to find the next one by itself. */
 FA_ALWAYS_INLINE void exp2_vecs(vec x[EXP2_VECS]) {
-    static const real coefficients[] = OP(EXP2_COEFFICIENTS);
+    static const real coefficients[] = V(EXP2_COEFFICIENTS);
     const int degree = (int)(sizeof coefficients / sizeof *coefficients) - 1;
     vec n[EXP2_VECS], y[EXP2_VECS];
     /* max gives its second argument where one is NaN. */

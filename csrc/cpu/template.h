@@ -37,7 +37,7 @@
 #define gemm_few FA_JOIN(gemm_few, OPERAND)
 #define GEMM_FEW FA_JOIN(GEMM_FEW, OPERAND)
 #define GEMM_FEW_ROWS FA_JOIN(GEMM_FEW_ROWS, OPERAND)
-#define exp2_vecs FA_JOIN(exp2_vecs, OPERAND)
+#define exp2_vecs FA_JOIN(exp2_vecs, REAL)
 #define T(name) FA_JOIN(name, ELEM)
 
 #define FA_ALWAYS_INLINE static inline __attribute__((always_inline))
