@@ -39,23 +39,58 @@ def origin(record: dict) -> str:
 
 
 def cpu_table(record: dict) -> str:
-    groups = itertools.groupby(record["cells"], lambda c: (c["dtype"], c["head_dim"], c["causal"]))
-    rows = []
-    for (dtype, d, causal), cells in groups:
-        speedups = [
-            " / ".join(f"{cell[way]['speedup']['median']:.2f}" for way in ("forward", "backward"))
-            for cell in cells
-        ]
-        rows.append([dtype, d, MASK[causal], *speedups])
-    lengths = dict.fromkeys(cell["length"] for cell in record["cells"])
-    table = tabulate(rows, ["dtype", "d", "mask", *lengths], "github", disable_numparse=True)
+    by_group = {}
+    for cell in record["cells"]:
+        by_group.setdefault(cell["group"], []).append(cell)
+    names = {"flash": "where PyTorch takes its flash kernel", "math": "where it has no such kernel"}
     mean = record["geometric_mean"]
-    return (
-        "How many times as fast as PyTorch's SDPA, forward / backward, by sequence length:\n\n"
-        f"{table}\n\n"
-        f"Geometric mean: {mean['forward']:.2f} forward, {mean['backward']:.2f} backward. "
-        f"{origin(record)}."
+    means = ", ".join(
+        f"{mean[f'{peer} forward']:.2f} forward and {mean[f'{peer} backward']:.2f} backward {where}"
+        for peer, where in names.items()
+        if f"{peer} forward" in mean
     )
+    plain = by_group.get("shapes", []) + by_group.get("features", [])
+    parts = [
+        f"How many times as fast as PyTorch's SDPA, forward / backward (geometric mean {means}), "
+        "and how much of the FMA units' peak in the same process:",
+        tabulate(
+            [
+                [
+                    "{batch} x {heads} x {length} x {head_dim}".format(**cell),
+                    cell["dtype"],
+                    cell["feature"],
+                    *(
+                        " / ".join(form.format(cell[way]) for way in ("forward", "backward"))
+                        for form in ("{0[speedup][median]:.2f}", "{0[of_peak]:.0%}")
+                    ),
+                ]
+                for cell in plain
+            ],
+            ["B x H x N x D", "dtype", "", "times SDPA", "of the peak"],
+            "github",
+            disable_numparse=True,
+        ),
+    ]
+    for cell in by_group.get("decode", []):
+        took = cell["forward"]
+        parts.append(
+            f"Decoding, {cell['dtype']}, one query for each of {cell['heads']} heads over "
+            f"{cell['length_k']} keys of {cell['heads_k']} heads, batch {cell['batch']}: "
+            f"{took['speedup']['median']:.2f} times as fast, reading "
+            f"{took['ours_gb_s']:.1f} GB/s ({took['of_read']:.0%} of a plain read)."
+        )
+    for cell in by_group.get("small", []):
+        times = [
+            " and ".join(
+                f"{cell[way][f'{peer}_seconds']['median'] * 1e6:.1f}" for way in ("forward", "both")
+            )
+            for peer in ("ours", "sdpa")
+        ]
+        parts.append(
+            f"A small call, 1 x 2 x 16 x 64 in {cell['dtype']}, forward alone and with a backward: "
+            f"{times[0]} microseconds, SDPA {times[1]}."
+        )
+    return "\n\n".join([*parts, f"{origin(record)}."])
 
 
 def against_length(panel) -> None:
@@ -65,7 +100,10 @@ def against_length(panel) -> None:
 
 
 def cpu_plot(record: dict, path: Path) -> None:
-    dtypes = list(record["matmul_gflops"])
+    lengths = [cell for cell in record["cells"] if cell["group"] == "lengths"]
+    dtypes = list(dict.fromkeys(cell["dtype"] for cell in lengths))
+    if not dtypes:
+        return
     figure, axes = pyplot.subplots(
         len(dtypes), 2, figsize=(9, 3 * len(dtypes)), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
@@ -75,28 +113,20 @@ def cpu_plot(record: dict, path: Path) -> None:
     ):
         panel = axes[i][j]
         panel.axhline(1, color=COLORS["sdpa"], label="SDPA")
-        mine = [cell for cell in record["cells"] if cell["dtype"] == dtype]
-        for (d, causal), group in itertools.groupby(mine, lambda c: (c["head_dim"], c["causal"])):
+        mine = [cell for cell in lengths if cell["dtype"] == dtype]
+        for (d, mask), group in itertools.groupby(mine, lambda c: (c["head_dim"], c["feature"])):
             cells = list(group)
-            lengths = [cell["length"] for cell in cells]
+            n = [cell["length"] for cell in cells]
             speedups = [cell[way]["speedup"] for cell in cells]
             style = {
                 "color": COLORS["ours"],
-                "linestyle": "--" if causal else "-",
+                "linestyle": "--" if mask == "causal" else "-",
                 "marker": "o" if d == 64 else "s",
                 "markersize": 4,
             }
-            panel.plot(
-                lengths, [s["median"] for s in speedups], label=f"d = {d}, {MASK[causal]}", **style
-            )
-            panel.fill_between(
-                lengths,
-                [s["p25"] for s in speedups],
-                [s["p75"] for s in speedups],
-                color=COLORS["ours"],
-                alpha=0.12,
-                linewidth=0,
-            )
+            panel.plot(n, [s["median"] for s in speedups], label=f"d = {d}, {mask}", **style)
+            low, high = ([s[quartile] for s in speedups] for quartile in ("p25", "p75"))
+            panel.fill_between(n, low, high, color=COLORS["ours"], alpha=0.12, linewidth=0)
         against_length(panel)
         panel.set_title(f"{dtype} {way}")
     axes[0][0].legend(fontsize="small")

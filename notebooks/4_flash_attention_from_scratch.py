@@ -481,20 +481,21 @@ quote.show(inspect.cleandoc("\n" + loop), "python")
 # %% [markdown]
 # Then C, for the CPU. `csrc/cpu/forward.inl` is compiled once for each dtype and instruction set;
 # `T(x)` gives a function its name for the dtype, `V(x)` is a vector instruction. One task has one
-# tile of queries, and this is its loop over the keys:
+# tile of queries, a few blocks of 64, and the keys pass by in tiles; this is what a block does with
+# a tile of keys:
 
 # %%
-c_forward = quote.loop("cpu/forward.inl", around="online_softmax")
+c_forward = quote.function("cpu/forward.inl", "attend")
 quote.show(c_forward)
 
 # %% [markdown]
 # | you wrote | C says |
 # |---|---|
-# | `S = Q_i @ K_j.mT` | the first `gemm`; $S$ is transposed: a query is a lane of a vector |
+# | `S = Q_i @ K_j.mT` | `gemm` into `S`; $S$ is transposed: a query is a lane of a vector |
 # | `scale_and_mask` | `edit_scores`, only where a mask or the window touches the tile |
 # | `m_new`, `P`, `l`, `rescale` | `online_softmax` |
 # | `O_i * rescale` | `rescale_rows`, which skips rows whose maximum stayed |
-# | `+ P @ V_j` | the second `gemm`; the `1` at its end says: add |
+# | `+ P @ V_j` | `gemm` into `O`; the `1` near its end says: add |
 #
 # `online_softmax` itself is your six lines, for 8 or 16 rows in one vector:
 
@@ -538,9 +539,9 @@ side_by_side(
         ("$S = Q K^T$", "gemm", "multiply_scores"),
         ("scale and mask", "edit_scores", "finish_scores"),
         ("$m, l, P$ and the factor", "online_softmax", "softmax"),
-        ("dropout", "multiply_tile", "drop"),
+        ("dropout", "draw_dropout", "drop"),
         ("$O$ times the factor", "rescale_rows", "softmax"),
-        ("$O$ += $P V$", "gemm(s.O", "multiply_values"),
+        ("$O$ += $P V$", "gemm(block->O", "multiply_values"),
     ],
     c_forward,
     cuda_forward,

@@ -7,22 +7,27 @@
  *     dQ = scale * dS K,  dK = scale * dS^T Q
  *
  * A key tile stays while all queries of its group pass by, so that dK and dV are finished when it
- * is left. Gradients are summed in their own tensors where those hold reals, else in scratch; tasks
- * that share a head's keys need a buffer for dQ each, but for one. */
+ * is left. Gradients of adjacent rows are summed in their own tensors where those hold reals,
+ * others in scratch; dQ always in its own tensor where that holds reals, but tasks that share a
+ * head's keys need a buffer for dQ each, but for one. */
 
 enum { T(sums_in_place) = sizeof(elem) == sizeof(real) };
 
 struct T(backward_scratch) {
-    operand *Qt, *dOt;      /* [D / DEPTH][ld], [Dv / DEPTH][ld] */
-    real *S, *dP;           /* [block_n][ld]; they become P' and dS */
-    real *edit;             /* [block_n][ld], a mask, then dropout */
-    operand *pairs;         /* P' or dS, where operands are not reals */
-    operand *Ka, *Va;       /* [block_n][operand_ld], where not in place; A of K Q^T and V dO^T */
-    operand *Kb, *Qb, *dOb; /* panels, where not in place; B of dQ, dK and dV */
-    real *dK, *dV;          /* [block_n][D, Dv in whole vectors], where not in place */
-    real *lse;              /* [block_m] */
-    real *delta;            /* [block_m] */
+    operand *Qt, *dOt; /* [D / DEPTH][ld], [Dv / DEPTH][ld] */
+    real *S, *dP;      /* [block_n][ld] */
+    real *edit;        /* [block_n][ld], a mask, then dropout */
+    operand *P, *dS;   /* [block_n][ld / DEPTH], in place of S and dP where operands are reals */
+    operand *dS_keys;  /* [block_n / DEPTH][ld], dS for a sum over keys, likewise */
+    operand *Ka, *Va;  /* [block_n][operand_ld]; A of K Q^T and V dO^T; NULL: in place */
+    operand *Kb, *Qb, *dOb; /* panels; B of dQ, dK and dV, likewise */
+    real *dK, *dV;          /* [block_n][D, Dv in whole vectors], likewise */
+    real *lse, *delta;      /* [Hq / Hk][statistics_ld] */
 };
+
+static int64_t T(statistics_ld)(const struct fa_params *p) {
+    return fa_round_up(p->seq_q, LANES);
+}
 
 static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const struct fa_params *p,
                                        void *memory) {
@@ -30,23 +35,32 @@ static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const str
     const int64_t n = fa_round_up(fa_min(FA_BLOCK_N_BACKWARD, p->seq_k), 2);
     const int64_t ld = fa_round_up(fa_min(FA_BLOCK_M, p->seq_q), LANES);
     const int64_t d = p->head_dim, dv = p->head_dim_v;
-    const int copies = !T(sums_in_place); /* then operands are in place, too */
 #define TAKE(TYPE, COUNT) fa_take(&cursor, (size_t)(COUNT) * sizeof(TYPE))
     s->Qt = TAKE(operand, fa_div_up(d, DEPTH) * ld);
     s->dOt = TAKE(operand, fa_div_up(dv, DEPTH) * ld);
     s->S = TAKE(real, n * ld);
     s->dP = TAKE(real, n * ld);
     s->edit = TAKE(real, p->mask.data || p->dropout_p > 0 ? n * ld : 0);
-    s->pairs = TAKE(operand, DEPTH > 1 ? n * ld / DEPTH : 0);
-    s->Ka = TAKE(operand, copies * n * T(operand_ld)(d));
-    s->Va = TAKE(operand, copies * n * T(operand_ld)(dv));
-    s->Kb = TAKE(operand, copies * n / DEPTH * T(panel_ld)(d));
-    s->Qb = TAKE(operand, copies * ld / DEPTH * T(panel_ld)(d));
-    s->dOb = TAKE(operand, copies * ld / DEPTH * T(panel_ld)(dv));
-    s->dK = TAKE(real, copies * n * fa_round_up(d, LANES));
-    s->dV = TAKE(real, copies * n * fa_round_up(dv, LANES));
-    s->lse = TAKE(real, ld);
-    s->delta = TAKE(real, ld);
+    s->P = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : (operand *)s->S;
+    s->dS = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : (operand *)s->dP;
+    s->dS_keys = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : s->dS;
+    const int copies_k = !T(are_operands)(&p->k, d) || !T(are_adjacent)(&p->k, d);
+    const int copies_v = !T(are_operands)(&p->v, dv) || !T(are_adjacent)(&p->v, dv);
+    const int copies_q = DEPTH > 1 || !T(are_operands)(&p->q, d) || !T(are_adjacent)(&p->q, d);
+    const int copies_do =
+        DEPTH > 1 || !T(are_operands)(&p->dout, dv) || !T(are_adjacent)(&p->dout, dv);
+    s->Ka = copies_k ? TAKE(operand, n * T(operand_ld)(d)) : NULL;
+    s->Va = copies_v ? TAKE(operand, n * T(operand_ld)(dv)) : NULL;
+    s->Kb = DEPTH > 1 ? TAKE(operand, n / DEPTH * T(panel_ld)(d)) : NULL;
+    s->Qb = copies_q ? TAKE(operand, ld / DEPTH * T(panel_ld)(d)) : NULL;
+    s->dOb = copies_do ? TAKE(operand, ld / DEPTH * T(panel_ld)(dv)) : NULL;
+    s->dK = s->dV = NULL;
+    if (!T(sums_in_place) || !T(are_adjacent)(&p->dk, d))
+        s->dK = TAKE(real, n * fa_round_up(d, LANES));
+    if (!T(sums_in_place) || !T(are_adjacent)(&p->dv, dv))
+        s->dV = TAKE(real, n * fa_round_up(dv, LANES));
+    s->lse = TAKE(real, fa_heads_per_group(p) * T(statistics_ld)(p));
+    s->delta = TAKE(real, fa_heads_per_group(p) * T(statistics_ld)(p));
 #undef TAKE
     return (size_t)(cursor - (uintptr_t)memory);
 }
@@ -61,21 +75,18 @@ static size_t T(backward_dq_bytes)(const struct fa_params *p) {
     return (size_t)fa_round_up(rows * fa_round_up(p->head_dim, LANES) * (int64_t)sizeof(real), 64);
 }
 
-/* lse and delta of each query. Lanes past the last query and rows that attend to nothing get an
- * infinite lse, which makes their P and dS zero. */
-static void T(load_row_statistics)(const struct T(backward_scratch) * s, const struct fa_params *p,
-                                   int64_t batch, const struct T(queries) * queries) {
-    for (int r = 0; r < queries->ld; r++) {
-        s->lse[r] = (real)INFINITY;
-        s->delta[r] = 0;
-        if (r >= queries->count)
+/* lse and delta of the queries of a head. Lanes past the last query and rows that attend to nothing
+ * get an infinite lse, which makes their P and dS zero. */
+static void T(row_statistics)(real *lse, real *delta, const struct fa_params *p, int64_t batch,
+                              int64_t head) {
+    const real *forward_lse = (const real *)p->lse + (batch * p->heads_q + head) * p->seq_q;
+    for (int64_t i = 0; i < T(statistics_ld)(p); i++) {
+        lse[i] = (real)INFINITY;
+        delta[i] = 0;
+        if (i >= p->seq_q || forward_lse[i] == (real)-INFINITY)
             continue;
-        const int64_t h = queries->head[r], i = queries->row[r];
-        const real lse = ((const real *)p->lse)[(batch * p->heads_q + h) * p->seq_q + i];
-        if (lse == (real)-INFINITY)
-            continue;
-        s->lse[r] = lse;
-        const elem *O = T(at)(&p->out, batch, h, i), *dO = T(at)(&p->dout, batch, h, i);
+        lse[i] = forward_lse[i];
+        const elem *O = T(at)(&p->out, batch, head, i), *dO = T(at)(&p->dout, batch, head, i);
         vec sum = V(set1)(0);
         int64_t d = 0;
         for (; d + LANES <= p->head_dim_v; d += LANES)
@@ -83,29 +94,58 @@ static void T(load_row_statistics)(const struct T(backward_scratch) * s, const s
         const int left = (int)(p->head_dim_v - d);
         if (left)
             sum = V(fma)(E(load_n)(O + d, left), E(load_n)(dO + d, left), sum);
-        s->delta[r] = V(sum)(sum);
+        delta[i] = V(sum)(sum);
     }
 }
 
-/* S becomes P = exp(S * scale - lse) and dP becomes dS; with dropout, S becomes P'. P is at
- * most 1 also where scores are so large that lse has lost the difference. */
-static void T(probabilities_and_dS)(real *S, real *dP, int keys, int ld, real scale,
-                                    const real *lse, const real *delta, const real *keep) {
+/* P = exp(S * scale - lse), which is at most 1 also where scores are so large that lse has lost the
+ * difference, and dS = P * (dP - delta); with dropout, P' and dP' of them. As operands, and if
+ * `keeps_dS`, dS is left in place of dP, too. */
+static void T(probabilities_and_dS)(const struct T(backward_scratch) * s, int keys, int ld,
+                                    real scale, const real *lse_, const real *delta_,
+                                    const real *keep, int keeps_dS) {
     const vec zero = V(set1)(0), negative_c = V(set1)(-scale);
-    for (int j = 0; j < keys; j++) {
-        for (int r = 0; r < ld; r += LANES) {
+    const vec negative_log2e = V(set1)((real)-FA_LOG2E);
+    for (int r = 0; r < ld; r += LANES) {
+        const vec lse = V(load)(lse_ + r), delta = V(load)(delta_ + r);
+        for (int j = 0; j < keys; j += EXP2_VECS) {
             const int64_t x = (int64_t)j * ld + r;
-            const vec below = V(max)(zero, V(fma)(V(load)(S + x), negative_c, V(load)(lse + r)));
-            const vec P = exp_vec(zero - below);
-            vec dPx = V(load)(dP + x);
-            if (keep) {
-                const vec kept = V(load)(keep + x);
-                dPx = dPx * kept;
-                V(store)(S + x, P * kept);
-            } else {
-                V(store)(S + x, P);
+            const int n = (int)fa_min(EXP2_VECS, keys - j);
+            vec P[EXP2_VECS], dS[EXP2_VECS];
+            FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
+                const vec S = V(load)(s->S + x + (u < n ? u : 0) * ld);
+                P[u] = V(max)(zero, V(fma)(S, negative_c, lse)) * negative_log2e;
             }
-            V(store)(dP + x, P * (dPx - V(load)(delta + r)));
+            exp2_vecs(P);
+            FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
+                if (u >= n) {
+                    P[u] = dS[u] = zero;
+                    continue;
+                }
+                vec dP = V(load)(s->dP + x + u * ld);
+                const vec kept = keep ? V(load)(keep + x + u * ld) : V(set1)(1);
+                if (keep)
+                    dP = dP * kept;
+                dS[u] = P[u] * (dP - delta);
+                if (keep)
+                    P[u] = P[u] * kept;
+            }
+#if DEPTH == 2
+            for (int u = 0; u < n; u++) {
+                OP(store_row)(s->P + (x + u * ld) / 2, P[u]);
+                OP(store_row)(s->dS + (x + u * ld) / 2, dS[u]);
+                if (u % 2 == 0)
+                    OP(store_pairs)(s->dS_keys + (j + u) / 2 * ld + r, dS[u], dS[u + 1]);
+                if (keeps_dS)
+                    V(store)(s->dP + x + u * ld, dS[u]);
+            }
+#else
+            (void)keeps_dS;
+            for (int u = 0; u < n; u++) {
+                V(store)(s->P + x + u * ld, P[u]);
+                V(store)(s->dS + x + u * ld, dS[u]);
+            }
+#endif
         }
     }
 }
@@ -130,17 +170,17 @@ static void T(clear_sums)(struct T(sums) sums, int64_t count, int64_t cols) {
 }
 
 /* Rows i, i + 1, ... of a gradient = scale * the sum of `buffers` buffers, `size` reals each, and
- * of what is there already if one of the sums was made in place. */
+ * of what is there already, if `in_place`. */
 static void T(store_gradient)(const struct fa_tensor *grad, int64_t b, int64_t h, int64_t i,
-                              int64_t count, int64_t cols, const real *buffer, int64_t size,
-                              int buffers, real scale) {
+                              int64_t count, int64_t cols, int in_place, const real *buffer,
+                              int64_t size, int buffers, real scale) {
     const int64_t ld = fa_round_up(cols, LANES);
     for (int64_t r = 0; r < count; r++) {
         elem *row = T(at)(grad, b, h, i + r);
         for (int64_t d = 0; d < cols; d += LANES) {
             const int n = (int)fa_min(LANES, cols - d);
             vec sum = V(set1)(0);
-            if (T(sums_in_place))
+            if (in_place)
                 sum = n < LANES ? E(load_n)(row + d, n) : E(load)(row + d);
             for (int x = 0; x < buffers; x++)
                 sum = sum + V(load)(buffer + x * size + r * ld + d);
@@ -160,7 +200,6 @@ struct T(key_tile) {
     struct T(sums) dK, dV;
     const operand *Ka, *Va, *Kb;
     int64_t ld_ka, ld_va, ld_kb;
-    int64_t cols_kb;
 };
 
 /* One tile of queries, all of one head, against the keys [skip, skip + keys) of a key tile. */
@@ -172,12 +211,21 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
     const int64_t h = queries->head[0], i = queries->row[0], key = tile->key + skip;
     T(transpose_operand)(s->Qt, &p->q, batch, queries, p->head_dim);
     T(transpose_operand)(s->dOt, &p->dout, batch, queries, p->head_dim_v);
-    T(load_row_statistics)(s, p, batch, queries);
+
+    const int64_t next = i + queries->count, rows = fa_min(FA_BLOCK_M, p->seq_q - next);
+    const int64_t steps = fa_div_up(keys, GEMM_ROWS);
+    struct fa_ahead ahead_q = T(rows_ahead)(&p->q, batch, h, next, rows, p->head_dim, steps);
+    struct fa_ahead ahead_do = T(rows_ahead)(&p->dout, batch, h, next, rows, p->head_dim_v, steps);
+    struct fa_ahead ahead_dq = {.row = (const char *)(dQ.rows + queries->count * dQ.ld),
+                                .stride = dQ.ld * (int64_t)sizeof(real),
+                                .bytes = p->head_dim * (int64_t)sizeof(real),
+                                .rows = rows,
+                                .step = fa_div_up(rows, steps)};
 
     gemm(s->S, ld, tile->Ka + skip * tile->ld_ka, tile->ld_ka, 1, s->Qt, ld, keys, ld,
-         fa_div_up(p->head_dim, DEPTH), 0);
+         fa_div_up(p->head_dim, DEPTH), 0, &ahead_q);
     gemm(s->dP, ld, tile->Va + skip * tile->ld_va, tile->ld_va, 1, s->dOt, ld, keys, ld,
-         fa_div_up(p->head_dim_v, DEPTH), 0);
+         fa_div_up(p->head_dim_v, DEPTH), 0, &ahead_do);
 
     real scale = (real)p->scale;
     if (p->mask.data || T(window_cuts)(p, queries, key, keys)) {
@@ -188,32 +236,28 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
     }
     if (p->dropout_p > 0)
         T(draw_dropout)(s->edit, p, batch, queries, key, keys);
-    T(probabilities_and_dS)(s->S, s->dP, keys, ld, scale, s->lse, s->delta,
-                            p->dropout_p > 0 ? s->edit : NULL);
-    const real *P = s->S, *dS = s->dP;
-
+    const int64_t statistics = h % fa_heads_per_group(p) * T(statistics_ld)(p) + i;
+    T(probabilities_and_dS)(s, keys, ld, scale, s->lse + statistics, s->delta + statistics,
+                            p->dropout_p > 0 ? s->edit : NULL, p->dmask.data != NULL);
     if (p->dmask.data)
-        T(add_mask_gradient)(p, batch, queries, key, keys, dS);
+        T(add_mask_gradient)(p, batch, queries, key, keys, s->dP);
     if (p->dv.data) {
-        int64_t ldb, cols = p->head_dim_v;
+        int64_t ldb;
         const operand *dO = T(panel_operand)(T(at)(&p->dout, batch, h, i), p->dout.stride_row,
-                                             queries->count, &cols, s->dOb, &ldb);
-        gemm(tile->dV.rows + skip * tile->dV.ld, tile->dV.ld,
-             T(sum_over_queries)(P, keys, ld, s->pairs), ld / DEPTH, 1, dO, ldb, keys, cols,
-             fa_div_up(queries->count, DEPTH), 1);
+                                             queries->count, p->head_dim_v, s->dOb, &ldb);
+        gemm(tile->dV.rows + skip * tile->dV.ld, tile->dV.ld, s->P, ld / DEPTH, 1, dO, ldb, keys,
+             p->head_dim_v, fa_div_up(queries->count, DEPTH), 1, NULL);
     }
     if (p->dk.data) {
-        int64_t ldb, cols = p->head_dim;
+        int64_t ldb;
         const operand *Q = T(panel_operand)(T(at)(&p->q, batch, h, i), p->q.stride_row,
-                                            queries->count, &cols, s->Qb, &ldb);
-        gemm(tile->dK.rows + skip * tile->dK.ld, tile->dK.ld,
-             T(sum_over_queries)(dS, keys, ld, s->pairs), ld / DEPTH, 1, Q, ldb, keys, cols,
-             fa_div_up(queries->count, DEPTH), 1);
+                                            queries->count, p->head_dim, s->Qb, &ldb);
+        gemm(tile->dK.rows + skip * tile->dK.ld, tile->dK.ld, s->dS, ld / DEPTH, 1, Q, ldb, keys,
+             p->head_dim, fa_div_up(queries->count, DEPTH), 1, &ahead_dq);
     }
     if (p->dq.data)
-        gemm(dQ.rows, dQ.ld, T(sum_over_keys)(dS, keys, ld, s->pairs), 1, ld,
-             tile->Kb + skip / DEPTH * tile->ld_kb, tile->ld_kb, queries->count, tile->cols_kb,
-             fa_div_up(keys, DEPTH), 1);
+        gemm(dQ.rows, dQ.ld, s->dS_keys, 1, ld, tile->Kb + skip / DEPTH * tile->ld_kb, tile->ld_kb,
+             queries->count, p->head_dim, fa_div_up(keys, DEPTH), 1, NULL);
 }
 
 /* Rows i, i + 1, ... of query head g of a group. */
@@ -231,25 +275,30 @@ static void T(backward_keys)(const struct fa_params *p, const struct fa_key_shar
     struct T(backward_scratch) s;
     T(take_backward_scratch)(&s, p, scratch);
     const int64_t b = share->batch, hk = share->head_k, group = fa_heads_per_group(p);
-    const int copies = !T(sums_in_place);
     for (int64_t g = 0; g < group && p->dq.data; g++)
         T(clear_sums)(T(dq_sums)(p, share, g, 0), p->seq_q, p->head_dim);
+    for (int64_t g = 0; g < group; g++)
+        T(row_statistics)(s.lse + g * T(statistics_ld)(p), s.delta + g * T(statistics_ld)(p), p, b,
+                          hk * group + g);
 
     for (int64_t first = share->first_tile * FA_BLOCK_N_BACKWARD; first < p->seq_k;
          first += share->step * FA_BLOCK_N_BACKWARD) {
-        struct T(key_tile) tile = {.key = first,
-                                   .keys = fa_min(FA_BLOCK_N_BACKWARD, p->seq_k - first),
-                                   .cols_kb = p->head_dim};
+        struct T(key_tile)
+            tile = {.key = first, .keys = fa_min(FA_BLOCK_N_BACKWARD, p->seq_k - first)};
         const elem *K = T(at)(&p->k, b, hk, first), *V = T(at)(&p->v, b, hk, first);
         tile.Ka = T(rows_operand)(K, p->k.stride_row, tile.keys, p->head_dim, s.Ka, &tile.ld_ka);
         tile.Va = T(rows_operand)(V, p->v.stride_row, tile.keys, p->head_dim_v, s.Va, &tile.ld_va);
-        tile.Kb = T(panel_operand)(K, p->k.stride_row, tile.keys, &tile.cols_kb, s.Kb, &tile.ld_kb);
+        tile.Kb = tile.Ka; /* the same where an operand is one element */
+        tile.ld_kb = tile.ld_ka;
+        if (DEPTH > 1)
+            tile.Kb =
+                T(panel_operand)(K, p->k.stride_row, tile.keys, p->head_dim, s.Kb, &tile.ld_kb);
         if (p->dk.data) {
-            tile.dK = T(sums_of)(&p->dk, b, hk, first, p->head_dim, copies ? s.dK : NULL);
+            tile.dK = T(sums_of)(&p->dk, b, hk, first, p->head_dim, s.dK);
             T(clear_sums)(tile.dK, tile.keys, p->head_dim);
         }
         if (p->dv.data) {
-            tile.dV = T(sums_of)(&p->dv, b, hk, first, p->head_dim_v, copies ? s.dV : NULL);
+            tile.dV = T(sums_of)(&p->dv, b, hk, first, p->head_dim_v, s.dV);
             T(clear_sums)(tile.dV, tile.keys, p->head_dim_v);
         }
 
@@ -272,10 +321,10 @@ static void T(backward_keys)(const struct fa_params *p, const struct fa_key_shar
             }
         }
         if (p->dk.data)
-            T(store_gradient)(&p->dk, b, hk, first, tile.keys, p->head_dim, s.dK, 0, copies,
-                              (real)p->scale);
-        if (p->dv.data && copies)
-            T(store_gradient)(&p->dv, b, hk, first, tile.keys, p->head_dim_v, s.dV, 0, copies, 1);
+            T(store_gradient)(&p->dk, b, hk, first, tile.keys, p->head_dim, !s.dK, s.dK, 0,
+                              s.dK != NULL, (real)p->scale);
+        if (p->dv.data && s.dV)
+            T(store_gradient)(&p->dv, b, hk, first, tile.keys, p->head_dim_v, 0, s.dV, 0, 1, 1);
     }
 }
 
@@ -286,7 +335,8 @@ static void T(backward_store_dq)(const struct fa_params *p, int64_t batch, int64
     for (int64_t row = begin; row < end;) { /* a head at a time */
         const int64_t i = row % p->seq_q, rows = fa_min(p->seq_q - i, end - row);
         T(store_gradient)(&p->dq, batch, head_k * group + row / p->seq_q, i, rows, p->head_dim,
-                          (const real *)buffers + row * ld, size, count, (real)p->scale);
+                          T(sums_in_place), (const real *)buffers + row * ld, size, count,
+                          (real)p->scale);
         row += rows;
     }
 }

@@ -1,16 +1,14 @@
-/* e^x for the real type REAL.
+/* 2^x for the real type REAL.
  *
- * x log2(e) = n + f with n whole and |f| <= 1/2; 2^f is a polynomial, fitted by Remez exchange for
- * the least relative error with its constant term fixed at 1: 2.6e-9 for f32 (the rounding of the
- * sum dominates, about 1 ulp), 1.8e-17 for f64. Minus infinity gives exactly 0, NaN stays NaN. */
+ * x = n + f with n whole and |f| <= 1/2; 2^f is a polynomial, fitted by Remez exchange for the
+ * least relative error with its constant term fixed at 1: 2.6e-9 for f32 (the rounding of the sum
+ * dominates, about 1 ulp), 1.8e-17 for f64. Minus infinity gives exactly 0, NaN stays NaN. */
 
 // clang-format off
-#define f32_EXP_LOWEST -1000
 #define f32_EXP2_COEFFICIENTS {                                                                    \
     1.0f, 0.693147215f, 0.2402265278f, 0.05550310551f, 0.009617692973f, 0.00134066439f,            \
     0.0001559467816f}
 
-#define f64_EXP_LOWEST -4000
 #define f64_EXP2_COEFFICIENTS {                                                                    \
     1.0, 0.693147180559945697, 0.24022650695910098, 0.0555041086647903946,                         \
     0.00961812910760700238, 0.00133335581534399647, 0.000154035304415721303,                       \
@@ -18,14 +16,21 @@
     7.07257041281442351e-09, 4.07807192958833667e-10}
 // clang-format on
 
-FA_ALWAYS_INLINE vec exp_vec(vec x) {
+/* Of EXP2_VECS vectors, step by step: one alone is a chain of dependent instructions, and a
+ * processor does not look far enough ahead to find the next one by itself. */
+FA_ALWAYS_INLINE void exp2_vecs(vec x[EXP2_VECS]) {
     static const real coefficients[] = V(EXP2_COEFFICIENTS);
     const int degree = (int)(sizeof coefficients / sizeof *coefficients) - 1;
-    const vec log2e = V(set1)((real)1.4426950408889634);
+    vec n[EXP2_VECS], y[EXP2_VECS];
     /* max gives its second argument where one is NaN. */
-    x = V(max)(V(set1)(V(EXP_LOWEST)), x);
-    const vec n = V(round)(x * log2e), f = V(fma)(x, log2e, V(set1)(0) - n);
-    vec y = V(set1)(coefficients[degree]);
-    FA_UNROLL for (int i = degree - 1; i >= 0; i--) y = V(fma)(y, f, V(set1)(coefficients[i]));
-    return V(scale2)(y, n);
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) x[u] = V(max)(V(set1)(V(EXP2_LOWEST)), x[u]);
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) n[u] = V(round)(x[u]);
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) x[u] = x[u] - n[u];
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) y[u] = V(set1)(coefficients[degree]);
+    FA_UNROLL for (int i = degree - 1; i >= 0; i--) {
+        FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
+            y[u] = V(fma)(y[u], x[u], V(set1)(coefficients[i]));
+        }
+    }
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) x[u] = V(scale2)(y[u], n[u]);
 }

@@ -5,7 +5,7 @@
  * A is read one operand at a time and broadcast, so that its two strides can be anything: K and V
  * are read in place, P and dS as they are or transposed. B is read, and C written, in vectors along
  * j. Sums start from zero in registers and are added to C at the end, which halves the rounding
- * error against adding every product to C. */
+ * error against adding every product to C. `ahead`, if given, is fetched meanwhile. */
 
 /* `rows` x `vecs` vectors of C. Both are constants where this is called, so that `acc` lives in
  * registers; tail is the number of lanes that the last vector of a row has, 0 for all. */
@@ -45,7 +45,7 @@ FA_ALWAYS_INLINE void gemm_block(const int rows, const int vecs, const int tail,
 
 static void gemm(real *C, int64_t ldc, const operand *A, int64_t a_row, int64_t a_col,
                  const operand *B, int64_t ldb, int64_t rows, int64_t cols, int64_t depth,
-                 int accumulate) {
+                 int accumulate, struct fa_ahead *ahead) {
     for (int64_t j = 0; j < cols; j += GEMM_VECS * LANES) {
         const int64_t left = cols - j;
         const int vecs = left < GEMM_VECS * LANES ? (int)((left + LANES - 1) / LANES) : GEMM_VECS;
@@ -53,6 +53,8 @@ static void gemm(real *C, int64_t ldc, const operand *A, int64_t a_row, int64_t 
         int step;
         for (int64_t i = 0; i < rows; i += step) {
             step = rows - i >= GEMM_ROWS ? GEMM_ROWS : rows - i >= 4 ? 4 : rows - i >= 2 ? 2 : 1;
+            if (ahead)
+                fa_fetch(ahead);
             real *c = C + i * ldc + j;
             const operand *a = A + i * a_row, *b = B + j;
 #define CASE(ROWS, VECS)                                                                           \
@@ -77,3 +79,56 @@ static void gemm(real *C, int64_t ldc, const operand *A, int64_t a_row, int64_t 
 
 #undef CASES
 #undef CASE
+
+/* The same for few columns: C[i][j] = sum over p < depth of A[i * lda + p] * B[j * ldb + p], with
+ * rows of LANES reals in C. Vectors run along the sum, so that no lane is idle and every operand of
+ * A is loaded by the vector. */
+enum {
+    GEMM_FEW = LANES / 2,                  /* columns */
+    GEMM_FEW_ROWS = LANES < 4 ? LANES : 4, /* that share a vector of B */
+};
+
+static void gemm_few(real *C, const operand *A, int64_t lda, const operand *B, int64_t ldb,
+                     int64_t rows, int cols, int64_t depth, struct fa_ahead *ahead_1,
+                     struct fa_ahead *ahead_2) {
+    for (int64_t i = 0; i < rows; i += LANES) {
+        vec block[LANES]; /* columns of C */
+        for (int j = 0; j < LANES; j++) {
+            block[j] = V(set1)(0);
+            if (j >= cols)
+                continue;
+            vec sums[LANES];
+            for (int x = 0; x < LANES; x += GEMM_FEW_ROWS) {
+                fa_fetch(ahead_1);
+                fa_fetch(ahead_2);
+                const operand *a[GEMM_FEW_ROWS], *b = B + j * ldb;
+                vec acc[GEMM_FEW_ROWS];
+                FA_UNROLL for (int u = 0; u < GEMM_FEW_ROWS; u++) {
+                    a[u] = A + fa_min(i + x + u, rows - 1) * lda;
+                    acc[u] = V(set1)(0);
+                }
+                int64_t p = 0;
+                FA_NO_UNROLL for (; p + LANES <= depth; p += LANES) {
+                    FA_UNROLL for (int u = 0; u < GEMM_FEW_ROWS; u++) {
+                        acc[u] = OP(dot)(OP(load)(a[u] + p), OP(load)(b + p), acc[u]);
+                    }
+                }
+                const int left = (int)(depth - p);
+                FA_UNROLL for (int u = 0; u < GEMM_FEW_ROWS; u++) {
+                    if (left)
+                        acc[u] =
+                            OP(dot)(OP(load_n)(a[u] + p, left), OP(load_n)(b + p, left), acc[u]);
+                    sums[x + u] = acc[u];
+                }
+            }
+            V(transpose)(sums);
+            FA_UNROLL for (int half = LANES / 2; half > 0; half /= 2) {
+                FA_UNROLL for (int x = 0; x < half; x++) sums[x] = sums[x] + sums[x + half];
+            }
+            block[j] = sums[0];
+        }
+        V(transpose)(block);
+        for (int x = 0; x < fa_min(LANES, rows - i); x++)
+            V(store)(C + (i + x) * LANES, block[x]);
+    }
+}

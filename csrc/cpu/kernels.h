@@ -7,19 +7,22 @@
 /* Tile sizes, the same for every instruction set.
  *
  * FA_BLOCK_M queries: as many lanes as the widest gemm panel (4 vectors of 16 floats).
+ * FA_TILE_BLOCKS blocks of queries share what a tile reads of K and V from L2 and beyond, and what
+ *                is packed of V; their O and Q stay in L2.
  * FA_BLOCK_N keys:    a score tile is 32 KiB of floats; it stays in L1 and L2 beside O and Q.
  * FA_BLOCK_N_BACKWARD keys: dK and dV of a tile stay in L2 while all queries pass by; the longer
  *                     the tile, the less often Q, dO and dQ are read again. */
-enum { FA_BLOCK_M = 64, FA_BLOCK_N = 128, FA_BLOCK_N_BACKWARD = 256 };
+enum { FA_BLOCK_M = 64, FA_TILE_BLOCKS = 4, FA_BLOCK_N = 128, FA_BLOCK_N_BACKWARD = 256 };
 
 /* The query heads of one key head, one after the other, are a group: (Hq / Hk) * Sq rows. A query
  * tile is a run of a group's rows, so a tile can span heads and decoding fills one with heads. */
 struct fa_query_tile {
     int64_t batch, head_k;
     int64_t first_row;
-    int rows;                   /* 1 .. FA_BLOCK_M */
+    int rows;                   /* 1 .. FA_TILE_BLOCKS * FA_BLOCK_M */
     int64_t key_begin, key_end; /* keys to look at, before the window narrows them */
-    void *partial;              /* where to leave unnormalised results, NULL: write out and lse */
+    void *partial;              /* where to leave unnormalised results of at most FA_BLOCK_M rows;
+                                   NULL: write out and lse */
 };
 
 /* The keys that one backward task handles: tiles first_tile, first_tile + step, ... of a head. */
@@ -31,7 +34,7 @@ struct fa_key_share {
 
 /* The kernels of one instruction set for one dtype. Scratch is private to a thread. */
 struct fa_cpu_kernels {
-    size_t (*forward_scratch)(const struct fa_params *p);
+    size_t (*forward_scratch)(const struct fa_params *p, int rows); /* of a tile */
     void (*forward_tile)(const struct fa_params *p, const struct fa_query_tile *t, void *scratch);
     size_t (*forward_partial)(const struct fa_params *p); /* bytes of a tile's partial result */
     void (*forward_merge)(const struct fa_params *p, const struct fa_query_tile *t,

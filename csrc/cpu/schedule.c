@@ -58,6 +58,7 @@ static size_t cache_lines(size_t bytes) {
 struct forward_plan {
     const struct fa_params *p;
     const struct fa_cpu_kernels *kernels;
+    int64_t rows;   /* of a tile */
     int64_t tiles;  /* of one group */
     int64_t shares; /* that the keys of a tile are split into */
     int64_t share;  /* keys in one */
@@ -65,18 +66,23 @@ struct forward_plan {
     char *scratches, *partials;
 };
 
-/* Fewer tiles than this, and long keys, get split. Not a function of the number of threads, so that
- * results do not depend on it. */
-enum { ENOUGH_TASKS = 32, SHORTEST_SHARE = 4 * FA_BLOCK_N };
+/* Fewer blocks of queries than this, and long keys, get split. Not a function of the number of
+ * threads, so that results do not depend on it. How many blocks make a tile changes no result. */
+enum { ENOUGH_TASKS = 32, SHORTEST_SHARE = 4 * FA_BLOCK_N, TASKS_PER_THREAD = 8 };
 
 static struct forward_plan plan_forward(const struct fa_params *p) {
     struct forward_plan plan = {.p = p, .kernels = fa_cpu_kernels_for(p->dtype)};
     const int64_t groups = p->batch * p->heads_k;
-    plan.tiles = fa_div_up(fa_heads_per_group(p) * p->seq_q, FA_BLOCK_M);
+    const int64_t rows = fa_heads_per_group(p) * p->seq_q, blocks = fa_div_up(rows, FA_BLOCK_M);
     plan.shares =
-        fa_max(1, fa_min(ENOUGH_TASKS / fa_max(1, groups * plan.tiles), p->seq_k / SHORTEST_SHARE));
+        fa_max(1, fa_min(ENOUGH_TASKS / fa_max(1, groups * blocks), p->seq_k / SHORTEST_SHARE));
+    int64_t per_tile = plan.shares > 1 ? 1 : FA_TILE_BLOCKS;
+    while (per_tile > 1 && groups * blocks < per_tile * TASKS_PER_THREAD * num_threads(p))
+        per_tile /= 2;
+    plan.rows = fa_min(per_tile * FA_BLOCK_M, rows);
+    plan.tiles = fa_div_up(rows, per_tile * FA_BLOCK_M);
     plan.share = fa_round_up(fa_div_up(p->seq_k, plan.shares), FA_BLOCK_N);
-    plan.scratch = cache_lines(plan.kernels->forward_scratch(p));
+    plan.scratch = cache_lines(plan.kernels->forward_scratch(p, (int)plan.rows));
     plan.partial = plan.kernels->forward_partial(p);
     plan.scratches = p->workspace;
     plan.partials = plan.scratches + plan.scratch * (size_t)num_threads(p);
@@ -95,12 +101,12 @@ size_t fa_cpu_forward_workspace(const struct fa_params *p) {
 /* Tile i, the last of a group first: under a causal mask it has the most keys. */
 static struct fa_query_tile query_tile(const struct forward_plan *plan, int64_t i) {
     const struct fa_params *p = plan->p;
-    const int64_t group = i / plan->tiles, row = (plan->tiles - 1 - i % plan->tiles) * FA_BLOCK_M;
+    const int64_t group = i / plan->tiles, row = (plan->tiles - 1 - i % plan->tiles) * plan->rows;
     return (struct fa_query_tile){
         .batch = group / p->heads_k,
         .head_k = group % p->heads_k,
         .first_row = row,
-        .rows = (int)fa_min(FA_BLOCK_M, fa_heads_per_group(p) * p->seq_q - row),
+        .rows = (int)fa_min(plan->rows, fa_heads_per_group(p) * p->seq_q - row),
         .key_begin = 0,
         .key_end = p->seq_k,
     };

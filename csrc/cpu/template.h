@@ -34,7 +34,10 @@
 /* Functions that exist once for every ELEM or OPERAND. */
 #define gemm FA_JOIN(gemm, OPERAND)
 #define gemm_block FA_JOIN(gemm_block, OPERAND)
-#define exp_vec FA_JOIN(exp_vec, REAL)
+#define gemm_few FA_JOIN(gemm_few, OPERAND)
+#define GEMM_FEW FA_JOIN(GEMM_FEW, OPERAND)
+#define GEMM_FEW_ROWS FA_JOIN(GEMM_FEW_ROWS, OPERAND)
+#define exp2_vecs FA_JOIN(exp2_vecs, REAL)
 #define T(name) FA_JOIN(name, ELEM)
 
 #define FA_ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -48,6 +51,29 @@
 
 #define f32_BIG FLT_MAX
 #define f64_BIG DBL_MAX
+#define f32_EXP2_LOWEST -1500 /* 2^x is 0 here and below */
+#define f64_EXP2_LOWEST -6000
+
+#define FA_LOG2E 1.44269504088896340736
+
+enum { EXP2_VECS = 4 }; /* how many vectors exp2_vecs takes */
+
+/* Rows that a later product reads. Hardware does not guess them where rows lie far apart, so they
+ * are fetched into L2 between the blocks of an earlier one. */
+struct fa_ahead {
+    const char *row;
+    int64_t stride, bytes; /* from row to row, and of one */
+    int64_t rows, step;    /* left to fetch, and at a time */
+};
+
+static inline void fa_fetch(struct fa_ahead *ahead) {
+    for (int64_t i = fa_min(ahead->step, ahead->rows); i > 0; i--) {
+        for (int64_t x = 0; x < ahead->bytes; x += 64)
+            __builtin_prefetch(ahead->row + x, 0, 2);
+        ahead->row += ahead->stride;
+        ahead->rows--;
+    }
+}
 
 /* The entry points that kernels.inl gives for one ELEM. */
 #define FA_KERNELS_OF(ELEM_)                                                                       \

@@ -6,6 +6,18 @@ FA_ALWAYS_INLINE elem *T(at)(const struct fa_tensor *t, int64_t b, int64_t h, in
     return (elem *)t->data + b * t->stride_batch + h * t->stride_head + i * t->stride_row;
 }
 
+/* Rows [i, i + rows) of a tensor, to be fetched in `steps` steps. */
+static struct fa_ahead T(rows_ahead)(const struct fa_tensor *t, int64_t b, int64_t h, int64_t i,
+                                     int64_t rows, int64_t cols, int64_t steps) {
+    return (struct fa_ahead){
+        .row = rows ? (const char *)T(at)(t, b, h, i) : NULL,
+        .stride = t->stride_row * (int64_t)sizeof(elem),
+        .bytes = cols * (int64_t)sizeof(elem),
+        .rows = rows,
+        .step = fa_div_up(rows, steps),
+    };
+}
+
 /* The queries of a tile, each with the head it belongs to. */
 struct T(queries) {
     int count, ld; /* ld: count rounded up to whole vectors, the row length of a score tile */
@@ -43,11 +55,23 @@ static int64_t T(operand_ld)(int64_t cols) {
     return fa_round_up(cols, LANES) / DEPTH;
 }
 
-/* Rows as the operand A of a sum over their columns: in place where they can be read as they are,
- * otherwise converted into scratch [rows][operand_ld(cols)]. */
+/* Whether rows can be read as the operand A of a sum over their columns, as they are. */
+static int T(are_operands)(const struct fa_tensor *t, int64_t cols) {
+    return sizeof(elem) * DEPTH == sizeof(operand) && cols % DEPTH == 0 &&
+           t->stride_row % DEPTH == 0;
+}
+
+/* Whether rows follow each other without a gap. Others are scattered over many pages and over few
+ * sets of a cache: what is used often is better copied together first. */
+static int T(are_adjacent)(const struct fa_tensor *t, int64_t cols) {
+    return t->stride_row == cols;
+}
+
+/* Rows as the operand A of a sum over their columns, converted into scratch
+ * [rows][operand_ld(cols)]; in place where that is NULL. */
 static const operand *T(rows_operand)(const elem *src, int64_t stride, int64_t rows, int64_t cols,
                                       operand *scratch, int64_t *ld) {
-    if (sizeof(elem) * DEPTH == sizeof(operand) && cols % DEPTH == 0 && stride % DEPTH == 0) {
+    if (!scratch) {
         *ld = stride / DEPTH;
         return (const operand *)src;
     }
@@ -57,34 +81,43 @@ static const operand *T(rows_operand)(const elem *src, int64_t stride, int64_t r
     return scratch;
 }
 
-/* Row length and number of rows of a panel, in operands. */
+/* Row length of a panel, in operands. */
 static int64_t T(panel_ld)(int64_t cols) {
     return fa_round_up(cols, LANES);
 }
 
-/* Rows as the operand B of a sum over the rows: in place, or in scratch
- * [ceil(rows / DEPTH)][panel_ld(cols)]. *cols becomes the number of columns that can be read. */
-static const operand *T(panel_operand)(const elem *src, int64_t stride, int64_t rows, int64_t *cols,
+/* Rows as the operand B of a sum over the rows, in scratch [ceil(rows / DEPTH)][panel_ld(cols)]; in
+ * place where that is NULL. */
+static const operand *T(panel_operand)(const elem *src, int64_t stride, int64_t rows, int64_t cols,
                                        operand *scratch, int64_t *ld) {
 #if DEPTH == 1
-    if (sizeof(elem) == sizeof(operand)) {
-        *ld = stride;
-        return (const operand *)src;
-    }
-    *ld = T(panel_ld)(*cols);
-    for (int64_t i = 0; i < rows; i++)
-        T(convert_row)(scratch + i * *ld, src + i * stride, *cols);
+    return T(rows_operand)(src, stride, rows, cols, scratch, ld);
 #else
-    *ld = T(panel_ld)(*cols);
+    *ld = T(panel_ld)(cols);
     for (int64_t i = 0; i < rows; i += 2) {
         const elem *lo = src + i * stride, *hi = i + 1 < rows ? lo + stride : NULL;
-        for (int64_t d = 0; d < *cols; d += LANES)
+        for (int64_t d = 0; d < cols; d += LANES)
             OP(store_rows)(scratch + i / 2 * *ld + d, lo + d, hi ? hi + d : NULL,
-                           (int)fa_min(LANES, *cols - d));
+                           (int)fa_min(LANES, cols - d));
     }
-#endif
-    *cols = *ld;
     return scratch;
+#endif
+}
+
+/* The first LANES operands of a row of `cols` columns, as bits; zeros past its end. */
+FA_ALWAYS_INLINE vec T(load_operands)(const elem *src, int64_t cols) {
+#if DEPTH == 1
+    return cols < LANES ? E(load_n)(src, (int)cols) : E(load)(src);
+#else
+    operand line[LANES] = {0};
+    if (cols >= LANES * DEPTH)
+        memcpy(line, src, sizeof line);
+    else
+        T(convert_row)(line, src, cols);
+    vec x;
+    memcpy(&x, line, sizeof x);
+    return x;
+#endif
 }
 
 /* The transpose of a query tile as the operand B of a sum over columns: dst[p][r], with zeros for
@@ -93,54 +126,26 @@ static void T(transpose_operand)(operand *dst, const struct fa_tensor *src, int6
                                  const struct T(queries) * queries, int64_t cols) {
     const int64_t depth = fa_div_up(cols, DEPTH);
     for (int first = 0; first < queries->ld; first += LANES) {
+        const int rows = (int)fa_min(LANES, queries->count - first);
+        const elem *row[LANES];
+        for (int r = 0; r < rows; r++)
+            row[r] = T(at)(src, batch, queries->head[first + r], queries->row[first + r]);
         for (int64_t p = 0; p < depth; p += LANES) {
-            const int64_t left = fa_min(LANES * DEPTH, cols - p * DEPTH);
+            const int64_t left = cols - p * DEPTH;
             vec block[LANES]; /* moved about as bits, whatever the operand is */
-            for (int r = 0; r < LANES; r++) {
-                operand line[LANES] = {0};
-                if (first + r < queries->count)
-                    T(convert_row)(
-                        line,
-                        T(at)(src, batch, queries->head[first + r], queries->row[first + r]) +
-                            p * DEPTH,
-                        left);
-                memcpy(&block[r], line, sizeof line);
+            if (rows == LANES && left >= LANES * DEPTH) {
+                FA_UNROLL for (int r = 0; r < LANES; r++) {
+                    block[r] = T(load_operands)(row[r] + p * DEPTH, LANES * DEPTH);
+                }
+            } else {
+                for (int r = 0; r < LANES; r++)
+                    block[r] = r < rows ? T(load_operands)(row[r] + p * DEPTH, left) : V(set1)(0);
             }
             V(transpose)(block);
             for (int64_t x = 0; x < fa_min(LANES, depth - p); x++)
                 memcpy(dst + (p + x) * queries->ld + first, &block[x], sizeof(vec));
         }
     }
-}
-
-/* P or dS as the operand A of a sum over keys, read with a_row = 1, a_col = queries->ld. The tile
- * itself where operands are reals; otherwise rows 2j and 2j + 1 become row j of `pairs`. */
-static const operand *T(sum_over_keys)(const real *tile, int keys, int ld, operand *pairs) {
-#if DEPTH == 1
-    (void)keys, (void)ld, (void)pairs;
-    return tile;
-#else
-    for (int j = 0; j < keys; j += 2) {
-        for (int r = 0; r < ld; r += LANES) {
-            vec lo = V(load)(tile + j * ld + r);
-            vec hi = j + 1 < keys ? V(load)(tile + (j + 1) * ld + r) : V(set1)(0);
-            OP(store_pairs)(pairs + j / 2 * ld + r, lo, hi);
-        }
-    }
-    return pairs;
-#endif
-}
-
-/* The same for a sum over queries, read with a_row = ld / DEPTH, a_col = 1. */
-static const operand *T(sum_over_queries)(const real *tile, int keys, int ld, operand *pairs) {
-#if DEPTH == 1
-    (void)keys, (void)ld, (void)pairs;
-    return tile;
-#else
-    for (int x = 0; x < keys * ld; x += LANES)
-        OP(store_row)(pairs + x / 2, V(load)(tile + x));
-    return pairs;
-#endif
 }
 
 /* --- scores --- */

@@ -210,7 +210,7 @@ static void draw_call(struct call *c, uint64_t seed) {
     p->mask =
         (struct fa_mask){c->mask.data, c->mask.dtype, stride[0], stride[1], stride[2], stride[3]};
     stride = c->dmask.stride;
-    p->dmask = (struct fa_mask_grad){c->dmask.data, stride[0], stride[1], stride[2], stride[3]};
+    p->dmask = (struct fa_mask_grad){c->dmask.data, stride[0], stride[1], stride[2], stride[3], 0};
 }
 
 static void free_call(struct call *c) {
