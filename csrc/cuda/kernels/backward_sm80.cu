@@ -39,8 +39,8 @@ constexpr int KEY_TILES = WARP_KEYS / 16, QUERY_TILES = WARP_QUERIES / 8;
 constexpr int UNROLL = 1;
 #else
 constexpr int UNROLL = STAGES == 1 || PARTS > 1 || (FA_MASK && HEAD_DIM > 64) ? 1
-                       : FA_MASK || FA_DROPOUT                                ? 2
-                                                                              : 3;
+                       : FA_MASK || FA_DROPOUT ? 2
+                                               : DEPTH / 16; /* all */
 #endif
 constexpr int OTHERS_UNROLL = PARTS > 1 ? 1 : BLOCK_M / 16; /* all */
 static_assert(KEY_WARPS * QUERY_WARPS == WARPS && WARP_QUERIES % 16 == 0, "scores are shared");
