@@ -327,20 +327,8 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
                 asm volatile("" ::: "memory");
         }
     }
-    if (!cut)
-        return;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int first = i + 8 * r + p.window_begin - key - 2 * t;
-        const int end = min(p.seq_k, FA_WINDOW ? i + 8 * r + p.window_end : p.seq_k) - key - 2 * t;
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                if (8 * n + x >= end || (FA_WINDOW && 8 * n + x < first))
-                    S[n][2 * r + x] = NEGATIVE_INFINITY;
-            }
-    }
+    if (cut)
+        hide_scores(S, p, i, key + 2 * t);
 }
 
 /* Makes probabilities of S; returns whether O has to be multiplied by rows.rescale.
