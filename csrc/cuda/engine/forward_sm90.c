@@ -32,7 +32,7 @@ static int mask_bytes(const struct fa_cuda_variant *v) {
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
     enum { BARRIERS = 512 };
-    return v->q_buffers * fa_cuda_panels_bytes(v->block_m, max(v->head_dim, v->head_dim_v)) +
+    return v->q_buffers * fa_cuda_panels_bytes(64, max(v->head_dim, v->head_dim_v)) +
            v->stages * (fa_cuda_panels_bytes(v->block_n, v->head_dim) +
                         fa_cuda_panels_bytes(v->block_n, v->head_dim_v) + mask_bytes(v)) +
            BARRIERS;
@@ -50,7 +50,8 @@ static int choose_tile(const struct fa_params *p, struct fa_cuda_variant *v) {
             continue;
         v->block_m = (uint16_t)t->block_m;
         v->block_n = (uint16_t)t->block_n;
-        for (v->q_buffers = 2; v->q_buffers > 0; v->q_buffers--) {
+        const int warpgroups = t->block_m / 64; /* each has a buffer of its queries, or two */
+        for (v->q_buffers = (uint8_t)(2 * warpgroups); v->q_buffers >= warpgroups; v->q_buffers--) {
             if (shared_bytes(v) <= SHARED_LIMIT)
                 return 1;
         }

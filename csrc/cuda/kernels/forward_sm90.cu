@@ -4,14 +4,15 @@
  * Its first warpgroup moves data: one warp brings Q, one K, one V, one takes O away. Each of the
  * others owns 64 queries; keys and values pass by, BLOCK_N at a time, from the last to the first.
  *
- * Three things keep the tensor cores busy while the exponentials are computed. While a warpgroup is
- * in the softmax of one tile, its product P V of the tile before is running. The warpgroups take
- * turns in starting products (PING_PONG), so that they are not all in the softmax at once. And the
- * softmax itself is short: it does not look for the maximum, see softmax().
+ * Four things keep the tensor cores busy while the exponentials are computed. While a warpgroup is
+ * in the softmax of one tile, its product P V of the tile before is running; also where that was
+ * the last one of a piece (CARRY_ON), so that pieces of few keys have no beginning and no end. The
+ * warpgroups take turns in starting products (PING_PONG), so that they are not all in the softmax
+ * at once. And the softmax itself is short: it does not look for the maximum, see softmax().
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, STAGES (of
- * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_MASK_TILES,
- * FA_WINDOW, FA_DROPOUT. */
+ * K and V), Q_BUFFERS (of 64 queries), PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float),
+ * FA_MASK_TILES, FA_WINDOW, FA_DROPOUT. */
 #include "accumulators.cuh"
 #include "dispenser.cuh"
 #include "mask_tile.cuh"
@@ -24,6 +25,9 @@
 #include "scores.cuh"
 
 constexpr int CONSUMERS = BLOCK_M / 64; /* warpgroups that compute */
+/* Whether a warpgroup begins with a piece of work before it has finished the last one, whose O
+ * takes the place of its Q. */
+constexpr bool CARRY_ON = Q_BUFFERS > CONSUMERS;
 constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16;
 constexpr int WIDTH = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int KEY_TILES = BLOCK_N / 8, OUT_TILES = WIDTH / 8;
@@ -68,7 +72,7 @@ static __device__ __forceinline__ Range visible_tiles(const fa_kernel_params &p,
 }
 
 struct Work {
-    int head; /* of queries, counted through the batch */
+    int head; /* of queries, counted through the batch; -1: there is no more work */
     int row;  /* the first query */
     Range tiles;
 
@@ -87,39 +91,36 @@ static __device__ __forceinline__ Work work_of(const fa_kernel_params &p, int pi
     return {group + in_group % group_heads, row, visible_tiles(p, row, BLOCK_M)};
 }
 
-/* What one thread posts for all warps of the block: the numbers of the pieces to work on. */
+/* What one thread posts for all warps of the block: the pieces to work on. */
 constexpr int POSTS = 4;
 
 struct Posts {
-    int piece[POSTS]; /* past the last one: there is no more */
+    int head[POSTS], row[POSTS], begin[POSTS], end[POSTS]; /* of struct Work */
     mbarrier full[POSTS], empty[POSTS];
 };
 constexpr int READERS = 3 + 4 * CONSUMERS; /* the warps of K, V and O, and those that compute */
 
-/* The n-th piece of this block, if there is one. Read by whole warps or by single threads. */
-static __device__ __forceinline__ bool read_post(const fa_kernel_params &p, Posts &posts,
-                                                 unsigned n, bool whole_warp, Work &work) {
+/* The n-th piece of this block; it stays posted until all have been done with it. */
+static __device__ __forceinline__ Work read_post(Posts &posts, unsigned n) {
     wait_full(posts.full, n);
-    int piece = posts.piece[n % POSTS];
-    if (whole_warp) {
-        piece = uniform(piece);
-        release(&posts.empty[n % POSTS]);
-    } else
-        mbarrier_arrive(&posts.empty[n % POSTS]);
-    if (piece >= p.batch * p.heads_q * p.blocks)
-        return false;
-    work = work_of(p, piece);
-    return true;
+    const unsigned i = n % POSTS;
+    return {posts.head[i], posts.row[i], {posts.begin[i], posts.end[i]}};
+}
+
+/* For single threads. */
+static __device__ __forceinline__ bool take_post(Posts &posts, unsigned n, Work &work) {
+    work = read_post(posts, n);
+    mbarrier_arrive(&posts.empty[n % POSTS]);
+    return work.head >= 0;
 }
 
 /* All of shared memory. */
 struct Shared {
-    unsigned char Q[CONSUMERS][Q_BUFFERS][Q_BYTES];
+    unsigned char Q[Q_BUFFERS][Q_BYTES]; /* of the warpgroups in turns */
     unsigned char K[STAGES][KTile::BYTES];
     unsigned char V[STAGES][VTile::BYTES];
     unsigned char mask[STAGES][MaskTile::BYTES]; /* comes and goes with K */
-    mbarrier Q_full[CONSUMERS][Q_BUFFERS], Q_empty[CONSUMERS][Q_BUFFERS];
-    mbarrier O_full[CONSUMERS][Q_BUFFERS];
+    mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS], O_full[Q_BUFFERS];
     mbarrier K_full[STAGES], K_empty[STAGES];
     mbarrier V_full[STAGES], V_empty[STAGES];
     Posts posts;
@@ -128,24 +129,28 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 /* --- the warpgroup that moves data; one thread of each warp --- */
 
-/* Q, and before it the number of the piece. */
+/* Q, and before it the piece for the others. */
 static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const tensor_map *map,
                                                Shared &shared) {
     Dispenser dispenser;
     const int count = p.batch * p.heads_q * p.blocks;
+    unsigned uses = 0; /* of buffers for Q */
     for (unsigned n = 0;; n++) {
         const int piece = dispenser.next(p, count);
+        const Work work = piece < count ? work_of(p, piece) : Work{-1, 0, {0, 0}};
         wait_empty(shared.posts.empty, n);
-        shared.posts.piece[n % POSTS] = piece;
+        shared.posts.head[n % POSTS] = work.head;
+        shared.posts.row[n % POSTS] = work.row;
+        shared.posts.begin[n % POSTS] = work.tiles.begin;
+        shared.posts.end[n % POSTS] = work.tiles.end;
         mbarrier_arrive(&shared.posts.full[n % POSTS]);
         if (piece >= count)
             return;
-        const Work work = work_of(p, piece);
         const int h = p.q.stride_head ? work.h(p) : 0, b = p.q.stride_batch ? work.b(p) : 0;
-        for (int w = 0; w < CONSUMERS; w++) {
-            wait_empty(shared.Q_empty[w], n);
-            QTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.load(
-                map, &shared.Q_full[w][n % Q_BUFFERS], work.row + 64 * w, h, b);
+        for (int w = 0; w < CONSUMERS; w++, uses++) {
+            wait_empty(shared.Q_empty, uses);
+            QTile{shared_address(shared.Q[uses % Q_BUFFERS])}.load(
+                map, &shared.Q_full[uses % Q_BUFFERS], work.row + 64 * w, h, b);
         }
     }
 }
@@ -158,7 +163,7 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
             mbarrier (&empty)[STAGES], Posts &posts, const Also &bring_also) {
     Work work;
     unsigned n = 0; /* tiles so far */
-    for (unsigned pieces = 0; read_post(p, posts, pieces, false, work); pieces++) {
+    for (unsigned pieces = 0; take_post(posts, pieces, work); pieces++) {
         const int h = tensor.stride_head ? work.h(p) / (p.heads_q / p.heads_k) : 0;
         const int b = tensor.stride_batch ? work.b(p) : 0;
         for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, n++) {
@@ -173,14 +178,15 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
 static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const tensor_map *map,
                                               Shared &shared) {
     Work work;
-    for (unsigned n = 0; read_post(p, shared.posts, n, false, work); n++)
-        for (int w = 0; w < CONSUMERS; w++) {
-            wait_full(shared.O_full[w], n);
-            OTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.store(map, work.row + 64 * w,
+    unsigned uses = 0;
+    for (unsigned n = 0; take_post(shared.posts, n, work); n++)
+        for (int w = 0; w < CONSUMERS; w++, uses++) {
+            wait_full(shared.O_full, uses);
+            OTile{shared_address(shared.Q[uses % Q_BUFFERS])}.store(map, work.row + 64 * w,
                                                                     work.h(p), work.b(p));
             tma_store_commit();
             tma_store_wait_read();
-            mbarrier_arrive(&shared.Q_empty[w][n % Q_BUFFERS]);
+            mbarrier_arrive(&shared.Q_empty[uses % Q_BUFFERS]);
         }
 }
 
@@ -274,6 +280,25 @@ static __device__ __forceinline__ float max_of_row(const Scores &S, int r) {
     return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
 }
 
+/* For rows that have seen no key: the largest of a row's first eight scores, if they are not all
+ * hidden. */
+static __device__ __forceinline__ bool guess_maximum(const Scores &S, float c, Rows &rows) {
+    float most[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        most[r] = fmaxf(S[0][2 * r], S[0][2 * r + 1]);
+        most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+        most[r] = c * fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+        most[r] = rows.m[r] == NEGATIVE_INFINITY ? most[r] : rows.m[r];
+    }
+    if (__any_sync(~0u, fminf(most[0], most[1]) == NEGATIVE_INFINITY))
+        return false;
+    rows.m[0] = most[0];
+    rows.m[1] = most[1];
+    rows.unseen = false;
+    return true;
+}
+
 /* Of a bias or a bool mask: what is added to a score. */
 static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, long long at) {
 #if FA_MASK == 1
@@ -337,14 +362,22 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
  * choice. So m stays what it was, a maximum of earlier keys, and all P are computed with it at
  * once; their sum, which is needed anyway, tells whether they have grown too much. If they have,
  * a power of two is taken out of them; if they have become infinite, they are computed again.
- * The maximum is looked for where a row has seen no key yet, where scores are hidden (such tiles
- * are few), and where the shortcut has failed badly. */
+ * A row that has seen no key yet takes the largest of its first few scores. The maximum is looked
+ * for where all of those are hidden, where there is a mask, and where the shortcut has failed
+ * badly. */
 static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores &S, Rows &rows,
                                                const Work &work, long long mask_start, int warp_row,
                                                int key, QTile Q, KTile K, MaskTile mask) {
     const bool cut = is_cut(p, warp_row, 16, key, BLOCK_N);
-    bool look = FA_MASK || cut || rows.unseen || rows.wary, rescaled = false;
+    const bool shortcut = !FA_MASK && (p.scale > 0 || !(cut || rows.unseen));
+    bool look = rows.wary || !shortcut, rescaled = false;
     float sum[2];
+    if (!look && cut) {
+        const int lane = lane_anew();
+        hide_scores(S, p, warp_row + lane / 4, key + lane % 4 * 2);
+    }
+    if (!look && rows.unseen)
+        look = !guess_maximum(S, p.scale_log2e, rows);
     if (!look) {
         exponentials(S, p.scale_log2e, rows.m, sum);
         if (__any_sync(~0u, !(sum[0] + sum[1] <= SUM_LIMIT))) { /* a NaN comes here, too */
@@ -422,12 +455,10 @@ static __device__ __forceinline__ void rescale_output(Output &O, const float (&r
             O[n][x] *= rescale[x / 2];
 }
 
-/* O / l to shared memory, the lse to global. */
-static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, const Output &O,
-                                                     const Rows &rows, const Work &work,
-                                                     int warp_row, OTile out) {
+/* The lse of a thread's rows, and in f what their O has to be multiplied by. */
+static __device__ __forceinline__ void finish_rows(const fa_kernel_params &p, const Rows &rows,
+                                                   int head, int warp_row, float (&f)[2]) {
     const int lane = lane_anew();
-    float f[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = rows.l[r];
@@ -436,15 +467,23 @@ static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, 
         f[r] = sum == 0 ? 0 : (FA_DROPOUT ? p.dropout_scale : 1) / sum;
         const int i = warp_row + lane / 4 + 8 * r;
         if (lane % 4 == 0 && i < p.seq_q)
-            p.lse[(long long)work.head * p.seq_q + i] =
+            p.lse[(long long)head * p.seq_q + i] =
                 rows.m[r] * (NATURAL_UNITS ? 1 : LN2) + logf(sum);
     }
+}
+
+/* O times f to shared memory, from where take_O takes it. */
+static __device__ __forceinline__ void store_output(const Output &O, const float (&f)[2], OTile out,
+                                                    int first_row, mbarrier *full) {
+    const int lane = lane_anew();
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2)
-        stmatrix_x4(out.chunk((warp_row - work.row) % 64 + lane % 16, 8 * n + lane / 16 * 8),
+        stmatrix_x4(out.chunk(first_row + lane % 16, 8 * n + lane / 16 * 8),
                     pack(O[n][0] * f[0], O[n][1] * f[0]), pack(O[n][2] * f[1], O[n][3] * f[1]),
                     pack(O[n + 1][0] * f[0], O[n + 1][1] * f[0]),
                     pack(O[n + 1][2] * f[1], O[n + 1][3] * f[1]));
+    fence_proxy_async();
+    release(full);
 }
 
 static __device__ __forceinline__ void begin_turn(int w) {
@@ -477,29 +516,62 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     if (w == 0)
         end_turn(CONSUMERS - 1);
 
-    Work work;
-    for (unsigned pieces = 0; read_post(p, shared.posts, pieces, true, work); pieces++) {
-        const int row = work.row + 64 * w, warp_row = row + 16 * warp_in_group;
+    /* Which use of the buffers for Q, and then for O, a piece is. */
+    const auto use = [&](unsigned piece) { return piece * CONSUMERS + w; };
+    const auto Q_of = [&](unsigned piece) {
+        return QTile{shared_address(shared.Q[use(piece) % Q_BUFFERS])};
+    };
+    /* What this warpgroup's queries see of the keys of a piece. */
+    const auto own_tiles = [&](const Work &work) {
+        const int row = work.row + 64 * w;
         Range own = work.tiles;
         if (row >= p.seq_q)
             own.end = own.begin;
         else if (FA_WINDOW)
             own = visible_tiles(p, row, 64);
-        const QTile Q{shared_address(shared.Q[w][pieces % Q_BUFFERS])};
-        const Dropout dropout(p, work.b(p), work.h(p));
-        const long long mask_start = mask_row(p.mask, work.b(p), work.h(p), 0);
+        return own;
+    };
+    /* O of a piece takes the place of its Q. */
+    const auto finish_output = [&](const Output &O, const float (&f)[2], unsigned piece) {
+        barrier_sync(Q_DONE + w, 128); /* Q is used by all of the warpgroup */
+        store_output(O, f, OTile{Q_of(piece).address}, 16 * warp_in_group,
+                     &shared.O_full[use(piece) % Q_BUFFERS]);
+    };
+    Work work;
+    int warp_row;
+    long long mask_start;
+    Dropout dropout;
+    const auto take_up = [&](unsigned piece) {
+        work = read_post(shared.posts, piece);
+        release(&shared.posts.empty[piece % POSTS]);
+        warp_row = work.row + 64 * w + 16 * warp_in_group;
+        mask_start = mask_row(p.mask, work.b(p), work.h(p), 0);
+        dropout = Dropout(p, work.b(p), work.h(p));
+    };
+    /* Whether O of a piece may wait until there are the first scores of the next one: while their
+     * softmax is computed, the last P V runs. */
+    const auto leads_on = [&](const Work &next) {
+        const Range own = own_tiles(next);
+        return next.head >= 0 && own.begin < own.end && own.end == next.tiles.end;
+    };
 
+    unsigned pieces = 0;
+    for (; read_post(shared.posts, pieces).head >= 0; pieces++) {
         Scores S;
         Probabilities P;
         Output O;
         Rows rows;
+        float f[2];
         set_to_zero(O);
+        take_up(pieces);
+        Range own = own_tiles(work);
 
         for (int tile = work.tiles.end; tile > own.end; tile--)
             pass_by();
-        wait_full(shared.Q_full[w], pieces);
+        wait_full(shared.Q_full, use(pieces));
         if (own.begin < own.end) {
             int tile = own.end - 1;
+            QTile Q = Q_of(pieces);
             wait_full(shared.K_full, n);
             begin_turn(w);
             multiply_scores(S, Q, K(n));
@@ -513,13 +585,32 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             round_probabilities(P, S);
             n++;
 
-            for (tile--; tile >= own.begin; tile--, n++) {
+            /* uniform: otherwise the compiler no longer knows that warps go this way together */
+            for (;; n = uniform(n + 1)) {
+                bool is_first = false; /* of its piece: O is still that of the last one */
+                if (--tile < own.begin) {
+                    if (!CARRY_ON || own.begin > work.tiles.begin)
+                        break;
+                    const Work next = read_post(shared.posts, pieces + 1);
+                    if (!leads_on(next))
+                        break;
+                    is_first = true;
+                    own = own_tiles(next);
+                    tile = own.end - 1;
+                    Q = Q_of(pieces + 1);
+                    wait_full(shared.Q_full, use(pieces + 1));
+                }
                 wait_full(shared.K_full, n);
                 begin_turn(w);
                 multiply_scores(S, Q, K(n));
                 wait_full(shared.V_full, n - 1);
                 multiply_values(O, P, V(n - 1));
                 end_turn(w);
+                if (is_first) {
+                    finish_rows(p, rows, work.head, warp_row, f);
+                    rows = Rows();
+                    take_up(pieces + 1);
+                }
 
                 wgmma_wait<1>(); /* S */
                 pin(S);
@@ -533,7 +624,11 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
                 pin(O);
                 pin(S);
                 release(&shared.V_empty[(n - 1) % STAGES]);
-                if (rescaled)
+                if (is_first) {
+                    finish_output(O, f, pieces);
+                    pieces = uniform(pieces + 1);
+                    set_to_zero(O);
+                } else if (rescaled)
                     rescale_output(O, rows.rescale);
                 round_probabilities(P, S);
             }
@@ -543,13 +638,10 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             pin(O);
             release(&shared.V_empty[(n - 1) % STAGES]);
         }
+        finish_rows(p, rows, work.head, warp_row, f);
+        finish_output(O, f, pieces);
         for (int tile = own.begin; tile > work.tiles.begin; tile--)
             pass_by();
-
-        barrier_sync(Q_DONE + w, 128); /* by all of the warpgroup: O takes its place */
-        finish_output(p, O, rows, work, warp_row, OTile{Q.address});
-        fence_proxy_async();
-        release(&shared.O_full[w][pieces % Q_BUFFERS]);
     }
     if (w == 0) /* takes the turn that nobody wants */
         begin_turn(w);
@@ -565,12 +657,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         tma_prefetch_map(&maps.v);
     }
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Q_BUFFERS; i++)
-            for (int w = 0; w < CONSUMERS; w++) {
-                mbarrier_init(&shared.Q_full[w][i], 1);
-                mbarrier_init(&shared.Q_empty[w][i], 1);
-                mbarrier_init(&shared.O_full[w][i], 4);
-            }
+        for (int i = 0; i < Q_BUFFERS; i++) {
+            mbarrier_init(&shared.Q_full[i], 1);
+            mbarrier_init(&shared.Q_empty[i], 1);
+            mbarrier_init(&shared.O_full[i], 4);
+        }
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.K_full[i], FA_MASK_TILES ? 2 : 1);
             mbarrier_init(&shared.V_full[i], 1);

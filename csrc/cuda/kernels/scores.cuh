@@ -99,6 +99,7 @@ struct Dropout {
     unsigned limit;   /* of numbers, twice */
     unsigned flipped; /* ~0: kept are those below */
 
+    __device__ __forceinline__ Dropout() {}
     __device__ __forceinline__ Dropout(const fa_kernel_params &p, int b, int h) {
 #if FA_DROPOUT
         /* From lane 0, for the compiler to know that they are the same in all. */
