@@ -87,8 +87,10 @@ const char *fa_cuda_not_forward_sm90(const struct fa_params *p, int arch) {
 }
 
 size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch) {
-    /* Without a window all pieces of work are of one size. */
-    return fa_cuda_has_window(p) && !fa_cuda_not_forward_sm90(p, arch)
+    /* Without a window all pieces of work are of one size, if tiles of 128 and of 192 queries leave
+     * no rest. Dealt out in turns, a rest would fall to the same blocks of the grid every time. */
+    enum { NO_REST = 384 };
+    return (fa_cuda_has_window(p) || p->seq_q % NO_REST) && !fa_cuda_not_forward_sm90(p, arch)
                ? sizeof(struct fa_kernel_counter)
                : 0;
 }
