@@ -89,8 +89,8 @@ const char *fa_cuda_not_forward_sm90(const struct fa_params *p, int arch) {
 size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch) {
     /* Without a window all pieces of work are of one size, if tiles of 128 and of 192 queries leave
      * no rest. Dealt out in turns, a rest would fall to the same blocks of the grid every time. */
-    enum { NO_REST = 384 };
-    return (fa_cuda_has_window(p) || p->seq_q % NO_REST) && !fa_cuda_not_forward_sm90(p, arch)
+    const int has_rest = p->seq_q > 128 && p->seq_q % 384;
+    return (fa_cuda_has_window(p) || has_rest) && !fa_cuda_not_forward_sm90(p, arch)
                ? sizeof(struct fa_kernel_counter)
                : 0;
 }
