@@ -4,15 +4,14 @@
  * Its first warpgroup moves data: one warp brings Q, one K, one V, one takes O away. Each of the
  * others owns 64 queries; keys and values pass by, BLOCK_N at a time, from the last to the first.
  *
- * Four things keep the tensor cores busy while the exponentials are computed. While a warpgroup is
- * in the softmax of one tile, its product P V of the tile before is running; also where that was
- * the last one of a piece (CARRY_ON), so that pieces of few keys have no beginning and no end. The
- * warpgroups take turns in starting products (PING_PONG), so that they are not all in the softmax
- * at once. And the softmax itself is short: it does not look for the maximum, see softmax().
+ * Three things keep the tensor cores busy while the exponentials are computed. While a warpgroup is
+ * in the softmax of one tile, its product P V of the tile before is running. The warpgroups take
+ * turns in starting products (PING_PONG), so that they are not all in the softmax at once. And the
+ * softmax itself is short: it does not look for the maximum, see softmax().
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, STAGES (of
- * K and V), Q_BUFFERS (of 64 queries), PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float),
- * FA_MASK_TILES, FA_WINDOW, FA_DROPOUT. */
+ * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_MASK_TILES,
+ * FA_WINDOW, FA_DROPOUT. */
 #include "accumulators.cuh"
 #include "dispenser.cuh"
 #include "mask_tile.cuh"
@@ -25,9 +24,9 @@
 #include "scores.cuh"
 
 constexpr int CONSUMERS = BLOCK_M / 64; /* warpgroups that compute */
-/* Whether a warpgroup begins with a piece of work before it has finished the last one, whose O
- * takes the place of its Q. */
-constexpr bool CARRY_ON = Q_BUFFERS > CONSUMERS;
+/* With one buffer for Q, O goes to memory from registers: in the place of Q it would keep the next
+ * one out until it has left. */
+constexpr bool DIRECT = Q_BUFFERS == 1;
 constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16;
 constexpr int WIDTH = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int KEY_TILES = BLOCK_N / 8, OUT_TILES = WIDTH / 8;
@@ -40,7 +39,7 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 using QTile = Panels<64, HEAD_DIM>;
 using KTile = Panels<BLOCK_N, HEAD_DIM>;
 using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
-using OTile = Panels<64, HEAD_DIM_V>; /* takes the place of Q */
+using OTile = Panels<64, HEAD_DIM_V>; /* takes the place of Q, if not DIRECT */
 
 constexpr int Q_BYTES = QTile::BYTES > OTile::BYTES ? QTile::BYTES : OTile::BYTES;
 
@@ -98,29 +97,33 @@ struct Posts {
     int head[POSTS], row[POSTS], begin[POSTS], end[POSTS]; /* of struct Work */
     mbarrier full[POSTS], empty[POSTS];
 };
-constexpr int READERS = 3 + 4 * CONSUMERS; /* the warps of K, V and O, and those that compute */
+/* The warps of K and V, those that compute and, if not DIRECT, the one of O. */
+constexpr int READERS = 2 + !DIRECT + 4 * CONSUMERS;
 
-/* The n-th piece of this block; it stays posted until all have been done with it. */
-static __device__ __forceinline__ Work read_post(Posts &posts, unsigned n) {
+/* The n-th piece of this block, if there is one. Read by whole warps or by single threads. */
+static __device__ __forceinline__ bool read_post(Posts &posts, unsigned n, bool whole_warp,
+                                                 Work &work) {
     wait_full(posts.full, n);
     const unsigned i = n % POSTS;
-    return {posts.head[i], posts.row[i], {posts.begin[i], posts.end[i]}};
-}
-
-/* For single threads. */
-static __device__ __forceinline__ bool take_post(Posts &posts, unsigned n, Work &work) {
-    work = read_post(posts, n);
-    mbarrier_arrive(&posts.empty[n % POSTS]);
+    work = {posts.head[i], posts.row[i], {posts.begin[i], posts.end[i]}};
+    if (whole_warp) {
+        work = {uniform(work.head),
+                uniform(work.row),
+                {uniform(work.tiles.begin), uniform(work.tiles.end)}};
+        release(&posts.empty[i]);
+    } else
+        mbarrier_arrive(&posts.empty[i]);
     return work.head >= 0;
 }
 
 /* All of shared memory. */
 struct Shared {
-    unsigned char Q[Q_BUFFERS][Q_BYTES]; /* of the warpgroups in turns */
+    unsigned char Q[CONSUMERS][Q_BUFFERS][Q_BYTES];
     unsigned char K[STAGES][KTile::BYTES];
     unsigned char V[STAGES][VTile::BYTES];
     unsigned char mask[STAGES][MaskTile::BYTES]; /* comes and goes with K */
-    mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS], O_full[Q_BUFFERS];
+    mbarrier Q_full[CONSUMERS][Q_BUFFERS], Q_empty[CONSUMERS][Q_BUFFERS];
+    mbarrier O_full[CONSUMERS][Q_BUFFERS]; /* if not DIRECT */
     mbarrier K_full[STAGES], K_empty[STAGES];
     mbarrier V_full[STAGES], V_empty[STAGES];
     Posts posts;
@@ -134,7 +137,6 @@ static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const 
                                                Shared &shared) {
     Dispenser dispenser;
     const int count = p.batch * p.heads_q * p.blocks;
-    unsigned uses = 0; /* of buffers for Q */
     for (unsigned n = 0;; n++) {
         const int piece = dispenser.next(p, count);
         const Work work = piece < count ? work_of(p, piece) : Work{-1, 0, {0, 0}};
@@ -147,10 +149,10 @@ static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const 
         if (piece >= count)
             return;
         const int h = p.q.stride_head ? work.h(p) : 0, b = p.q.stride_batch ? work.b(p) : 0;
-        for (int w = 0; w < CONSUMERS; w++, uses++) {
-            wait_empty(shared.Q_empty, uses);
-            QTile{shared_address(shared.Q[uses % Q_BUFFERS])}.load(
-                map, &shared.Q_full[uses % Q_BUFFERS], work.row + 64 * w, h, b);
+        for (int w = 0; w < CONSUMERS; w++) {
+            wait_empty(shared.Q_empty[w], n);
+            QTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.load(
+                map, &shared.Q_full[w][n % Q_BUFFERS], work.row + 64 * w, h, b);
         }
     }
 }
@@ -163,7 +165,7 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
             mbarrier (&empty)[STAGES], Posts &posts, const Also &bring_also) {
     Work work;
     unsigned n = 0; /* tiles so far */
-    for (unsigned pieces = 0; take_post(posts, pieces, work); pieces++) {
+    for (unsigned pieces = 0; read_post(posts, pieces, false, work); pieces++) {
         const int h = tensor.stride_head ? work.h(p) / (p.heads_q / p.heads_k) : 0;
         const int b = tensor.stride_batch ? work.b(p) : 0;
         for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, n++) {
@@ -178,15 +180,14 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
 static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const tensor_map *map,
                                               Shared &shared) {
     Work work;
-    unsigned uses = 0;
-    for (unsigned n = 0; take_post(shared.posts, n, work); n++)
-        for (int w = 0; w < CONSUMERS; w++, uses++) {
-            wait_full(shared.O_full, uses);
-            OTile{shared_address(shared.Q[uses % Q_BUFFERS])}.store(map, work.row + 64 * w,
+    for (unsigned n = 0; read_post(shared.posts, n, false, work); n++)
+        for (int w = 0; w < CONSUMERS; w++) {
+            wait_full(shared.O_full[w], n);
+            OTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.store(map, work.row + 64 * w,
                                                                     work.h(p), work.b(p));
             tma_store_commit();
             tma_store_wait_read();
-            mbarrier_arrive(&shared.Q_empty[uses % Q_BUFFERS]);
+            mbarrier_arrive(&shared.Q_empty[w][n % Q_BUFFERS]);
         }
 }
 
@@ -472,9 +473,9 @@ static __device__ __forceinline__ void finish_rows(const fa_kernel_params &p, co
     }
 }
 
-/* O times f to shared memory, from where take_O takes it. */
+/* O times f to shared memory. */
 static __device__ __forceinline__ void store_output(const Output &O, const float (&f)[2], OTile out,
-                                                    int first_row, mbarrier *full) {
+                                                    int first_row) {
     const int lane = lane_anew();
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2)
@@ -482,8 +483,28 @@ static __device__ __forceinline__ void store_output(const Output &O, const float
                     pack(O[n][0] * f[0], O[n][1] * f[0]), pack(O[n][2] * f[1], O[n][3] * f[1]),
                     pack(O[n + 1][0] * f[0], O[n + 1][1] * f[0]),
                     pack(O[n + 1][2] * f[1], O[n + 1][3] * f[1]));
-    fence_proxy_async();
-    release(full);
+}
+
+/* O times f to global memory. Of every 16 columns a thread has two and two, eight apart; after an
+ * exchange with its neighbour it has four in a row. */
+static __device__ __forceinline__ void write_output(const fa_kernel_params &p, const Output &O,
+                                                    const float (&f)[2], const Work &work,
+                                                    int warp_row) {
+    const int lane = lane_anew(), t = lane % 4, row = warp_row + lane / 4;
+    const int col = t % 2 * 8 + t / 2 * 4;
+    elem *out = (elem *)p.out.data + work.b(p) * p.out.stride_batch +
+                work.h(p) * p.out.stride_head + row * p.out.stride_row + col;
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n += 2)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const unsigned low = pack(O[n][2 * r] * f[r], O[n][2 * r + 1] * f[r]);
+            const unsigned high = pack(O[n + 1][2 * r] * f[r], O[n + 1][2 * r + 1] * f[r]);
+            const unsigned other = __shfl_xor_sync(~0u, t % 2 ? low : high, 1);
+            if (row + 8 * r < p.seq_q && 8 * n + col < HEAD_DIM_V)
+                *(uint2 *)(out + 8 * r * p.out.stride_row + 8 * n) =
+                    t % 2 ? make_uint2(other, high) : make_uint2(low, other);
+        }
 }
 
 static __device__ __forceinline__ void begin_turn(int w) {
@@ -516,62 +537,33 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     if (w == 0)
         end_turn(CONSUMERS - 1);
 
-    /* Which use of the buffers for Q, and then for O, a piece is. */
-    const auto use = [&](unsigned piece) { return piece * CONSUMERS + w; };
-    const auto Q_of = [&](unsigned piece) {
-        return QTile{shared_address(shared.Q[use(piece) % Q_BUFFERS])};
-    };
-    /* What this warpgroup's queries see of the keys of a piece. */
-    const auto own_tiles = [&](const Work &work) {
-        const int row = work.row + 64 * w;
+    Work work;
+    for (unsigned pieces = 0; read_post(shared.posts, pieces, true, work); pieces++) {
+        const int row = work.row + 64 * w, warp_row = row + 16 * warp_in_group;
         Range own = work.tiles;
         if (row >= p.seq_q)
             own.end = own.begin;
         else if (FA_WINDOW)
             own = visible_tiles(p, row, 64);
-        return own;
-    };
-    /* O of a piece takes the place of its Q. */
-    const auto finish_output = [&](const Output &O, const float (&f)[2], unsigned piece) {
-        barrier_sync(Q_DONE + w, 128); /* Q is used by all of the warpgroup */
-        store_output(O, f, OTile{Q_of(piece).address}, 16 * warp_in_group,
-                     &shared.O_full[use(piece) % Q_BUFFERS]);
-    };
-    Work work;
-    int warp_row;
-    long long mask_start;
-    Dropout dropout;
-    const auto take_up = [&](unsigned piece) {
-        work = read_post(shared.posts, piece);
-        release(&shared.posts.empty[piece % POSTS]);
-        warp_row = work.row + 64 * w + 16 * warp_in_group;
-        mask_start = mask_row(p.mask, work.b(p), work.h(p), 0);
-        dropout = Dropout(p, work.b(p), work.h(p));
-    };
-    /* Whether O of a piece may wait until there are the first scores of the next one: while their
-     * softmax is computed, the last P V runs. */
-    const auto leads_on = [&](const Work &next) {
-        const Range own = own_tiles(next);
-        return next.head >= 0 && own.begin < own.end && own.end == next.tiles.end;
-    };
+        const QTile Q{shared_address(shared.Q[w][pieces % Q_BUFFERS])};
+        const auto done_with_Q = [&] {
+            if (DIRECT)
+                release(&shared.Q_empty[w][pieces % Q_BUFFERS]);
+        };
+        const Dropout dropout(p, work.b(p), work.h(p));
+        const long long mask_start = mask_row(p.mask, work.b(p), work.h(p), 0);
 
-    unsigned pieces = 0;
-    for (; read_post(shared.posts, pieces).head >= 0; pieces++) {
         Scores S;
         Probabilities P;
         Output O;
         Rows rows;
-        float f[2];
         set_to_zero(O);
-        take_up(pieces);
-        Range own = own_tiles(work);
 
         for (int tile = work.tiles.end; tile > own.end; tile--)
             pass_by();
-        wait_full(shared.Q_full, use(pieces));
+        wait_full(shared.Q_full[w], pieces);
         if (own.begin < own.end) {
             int tile = own.end - 1;
-            QTile Q = Q_of(pieces);
             wait_full(shared.K_full, n);
             begin_turn(w);
             multiply_scores(S, Q, K(n));
@@ -585,32 +577,13 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             round_probabilities(P, S);
             n++;
 
-            /* uniform: otherwise the compiler no longer knows that warps go this way together */
-            for (;; n = uniform(n + 1)) {
-                bool is_first = false; /* of its piece: O is still that of the last one */
-                if (--tile < own.begin) {
-                    if (!CARRY_ON || own.begin > work.tiles.begin)
-                        break;
-                    const Work next = read_post(shared.posts, pieces + 1);
-                    if (!leads_on(next))
-                        break;
-                    is_first = true;
-                    own = own_tiles(next);
-                    tile = own.end - 1;
-                    Q = Q_of(pieces + 1);
-                    wait_full(shared.Q_full, use(pieces + 1));
-                }
+            for (tile--; tile >= own.begin; tile--, n++) {
                 wait_full(shared.K_full, n);
                 begin_turn(w);
                 multiply_scores(S, Q, K(n));
                 wait_full(shared.V_full, n - 1);
                 multiply_values(O, P, V(n - 1));
                 end_turn(w);
-                if (is_first) {
-                    finish_rows(p, rows, work.head, warp_row, f);
-                    rows = Rows();
-                    take_up(pieces + 1);
-                }
 
                 wgmma_wait<1>(); /* S */
                 pin(S);
@@ -624,22 +597,28 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
                 pin(O);
                 pin(S);
                 release(&shared.V_empty[(n - 1) % STAGES]);
-                if (is_first) {
-                    finish_output(O, f, pieces);
-                    pieces = uniform(pieces + 1);
-                    set_to_zero(O);
-                } else if (rescaled)
+                if (rescaled)
                     rescale_output(O, rows.rescale);
                 round_probabilities(P, S);
             }
+            done_with_Q();
             wait_full(shared.V_full, n - 1);
             multiply_values(O, P, V(n - 1));
             wgmma_wait<0>();
             pin(O);
             release(&shared.V_empty[(n - 1) % STAGES]);
-        }
+        } else
+            done_with_Q();
+        float f[2];
         finish_rows(p, rows, work.head, warp_row, f);
-        finish_output(O, f, pieces);
+        if (DIRECT)
+            write_output(p, O, f, work, warp_row);
+        else {
+            barrier_sync(Q_DONE + w, 128); /* by all of the warpgroup: O takes its place */
+            store_output(O, f, OTile{Q.address}, 16 * warp_in_group);
+            fence_proxy_async();
+            release(&shared.O_full[w][pieces % Q_BUFFERS]);
+        }
         for (int tile = own.begin; tile > work.tiles.begin; tile--)
             pass_by();
     }
@@ -657,11 +636,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         tma_prefetch_map(&maps.v);
     }
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Q_BUFFERS; i++) {
-            mbarrier_init(&shared.Q_full[i], 1);
-            mbarrier_init(&shared.Q_empty[i], 1);
-            mbarrier_init(&shared.O_full[i], 4);
-        }
+        for (int i = 0; i < Q_BUFFERS; i++)
+            for (int w = 0; w < CONSUMERS; w++) {
+                mbarrier_init(&shared.Q_full[w][i], 1);
+                mbarrier_init(&shared.Q_empty[w][i], DIRECT ? 4 : 1);
+                mbarrier_init(&shared.O_full[w][i], 4);
+            }
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.K_full[i], FA_MASK_TILES ? 2 : 1);
             mbarrier_init(&shared.V_full[i], 1);
@@ -695,7 +675,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else if (warp == 2)
             bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty,
                                shared.posts, [](const Work &, int, int) {});
-        else
+        else if (!DIRECT)
             take_O(p, &maps.out, shared);
     } else {
         if (CONSUMERS > 1)
