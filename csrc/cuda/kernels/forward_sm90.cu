@@ -546,10 +546,6 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         else if (FA_WINDOW)
             own = visible_tiles(p, row, 64);
         const QTile Q{shared_address(shared.Q[w][pieces % Q_BUFFERS])};
-        const auto done_with_Q = [&] {
-            if (DIRECT)
-                release(&shared.Q_empty[w][pieces % Q_BUFFERS]);
-        };
         const Dropout dropout(p, work.b(p), work.h(p));
         const long long mask_start = mask_row(p.mask, work.b(p), work.h(p), 0);
 
@@ -601,14 +597,14 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
                     rescale_output(O, rows.rescale);
                 round_probabilities(P, S);
             }
-            done_with_Q();
             wait_full(shared.V_full, n - 1);
             multiply_values(O, P, V(n - 1));
             wgmma_wait<0>();
             pin(O);
             release(&shared.V_empty[(n - 1) % STAGES]);
-        } else
-            done_with_Q();
+        }
+        if (DIRECT)
+            release(&shared.Q_empty[w][pieces % Q_BUFFERS]);
         float f[2];
         finish_rows(p, rows, work.head, warp_row, f);
         if (DIRECT)
