@@ -56,12 +56,14 @@ def test_accurate(description, arch, seed):
 @pytest.mark.parametrize(
     "features,sizes",
     [
-        ("causal", {"seq_q": 1600, "seq_k": 1500, "head_dim": 64}),
+        ("causal", {"seq_q": 700, "seq_k": 1600, "head_dim": 64}),
+        ("causal", {"seq_q": 300, "seq_k": 300, "head_dim": 64}),
         ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 96}),
         ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 128}),
         ("window", {"seq_q": 300, "seq_k": 500, "head_dim": 128}),
         ("causal", {"seq_q": 200, "seq_k": 300, "head_dim": 192}),
         ("causal+dropout", {"seq_q": 200, "seq_k": 200, "head_dim": 256}),
+        ("bias", {"seq_q": 200, "seq_k": 200, "head_dim": 200}),
         ("bias", {"seq_q": 192, "seq_k": 200, "head_dim": 64}),
         ("head_bias", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
         ("fp32_bias", {"seq_q": 130, "seq_k": 132, "head_dim": 64}),

@@ -163,6 +163,9 @@ static void persistent_on_hopper(void) {
     CHECK(fa_cuda_forward_workspace(&p) == 0);
     CHECK(call_forward(p) == FA_OK);
     CHECK(fake_cuda.tensor_maps == 4 && fake_cuda.grid == 5 && fake_cuda.threads % 128 == 0);
+    struct fa_params with_rest = p;
+    with_rest.seq_q = 512;
+    CHECK(fa_cuda_forward_workspace(&with_rest) > 0);
     p.window_right = 0;
     CHECK(fa_cuda_forward_workspace(&p) > 0);
     CHECK(fa_cuda_forward(&p) == FA_INVALID);

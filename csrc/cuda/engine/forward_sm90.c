@@ -8,15 +8,15 @@
  * warpgroups compute and 160 where three do. The first row that has room is taken. */
 static const struct tile {
     int max_head_dim; /* the larger of D and Dv */
-    /* BARE: without mask and dropout, which take registers; PLAIN: of many queries, too; FULL:
-     * without a window, too. */
-    enum calls { ANY, BARE, PLAIN, FULL } calls;
-    int block_m, block_n;
+    /* BARE: without mask and dropout, which take registers; FULL: without a window, too. */
+    enum calls { ANY, BARE, FULL } calls;
+    int min_queries;
+    int block_m, block_n, stages;
 } tiles[] = {
-    {64, PLAIN, 192, 128}, {96, FULL, 192, 96},  {128, FULL, 192, 80},
-    {128, ANY, 128, 128},  {192, BARE, 128, 96}, {256, ANY, 128, 64},
+    {64, BARE, 129, 192, 128, 3}, {96, FULL, 1536, 192, 96, 2}, {128, FULL, 1536, 192, 80, 2},
+    {128, ANY, 1, 128, 128, 2},   {192, BARE, 1, 128, 96, 2},   {256, ANY, 1, 128, 64, 2},
 };
-enum { MANY_QUERIES = 1536, STAGES = 2, SHARED_LIMIT = 227 << 10 };
+enum { SHARED_LIMIT = 227 << 10 };
 
 /* Of a mask that a variant names: 1 bool, 2 of dtype, 3 float32. */
 static int mask_elem_bytes(int mask) {
@@ -40,22 +40,31 @@ static int shared_bytes(const struct fa_cuda_variant *v) {
 
 /* The first tile that is for the call and has room in shared memory. */
 static int choose_tile(const struct fa_params *p, struct fa_cuda_variant *v) {
-    const enum calls calls = v->mask || v->dropout     ? ANY
-                             : p->seq_q < MANY_QUERIES ? BARE
-                             : v->window               ? PLAIN
-                                                       : FULL;
+    const enum calls calls = v->mask || v->dropout ? ANY : v->window ? BARE : FULL;
     for (size_t i = 0; i < sizeof tiles / sizeof *tiles; i++) {
         const struct tile *t = &tiles[i];
-        if (t->max_head_dim < max(v->head_dim, v->head_dim_v) || t->calls > calls)
+        if (t->max_head_dim < max(v->head_dim, v->head_dim_v) || t->calls > calls ||
+            t->min_queries > p->seq_q)
             continue;
         v->block_m = (uint16_t)t->block_m;
         v->block_n = (uint16_t)t->block_n;
+        v->stages = (uint16_t)t->stages;
         for (v->q_buffers = 2; v->q_buffers > 0; v->q_buffers--) {
             if (shared_bytes(v) <= SHARED_LIMIT)
                 return 1;
         }
     }
     return 0;
+}
+
+/* Whether the warpgroups take turns. Under a window the tiles at the ends of a piece are of some
+ * warpgroups alone, but turns are of all: with three and few tiles they keep more waiting than they
+ * order. */
+static int has_turns(const struct fa_params *p, const struct fa_cuda_variant *v) {
+    enum { FEW_KEYS = 1536 };
+    if (v->block_m == 192 && v->window)
+        return p->seq_k >= FEW_KEYS;
+    return max(v->head_dim, v->head_dim_v) <= 128 || v->window;
 }
 
 /* 0: the mask is read element by element; 1: in tiles; 2: in tiles of one row. */
@@ -86,8 +95,10 @@ const char *fa_cuda_not_forward_sm90(const struct fa_params *p, int arch) {
 }
 
 size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch) {
-    /* Without a window all pieces of work are of one size. */
-    return fa_cuda_has_window(p) && !fa_cuda_not_forward_sm90(p, arch)
+    /* Without a window all pieces of work are of one size, if tiles of 128 and of 192 queries leave
+     * no rest. Dealt out in turns, a rest would fall to the same blocks of the grid every time. */
+    const int has_rest = p->seq_q > 128 && p->seq_q % 384;
+    return (fa_cuda_has_window(p) || has_rest) && !fa_cuda_not_forward_sm90(p, arch)
                ? sizeof(struct fa_kernel_counter)
                : 0;
 }
@@ -95,14 +106,13 @@ size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch) {
 void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
     struct fa_cuda_variant *v = &step->variant;
     v->kernel = FA_CUDA_FORWARD_SM90;
-    v->stages = STAGES;
     v->mask_tiles = (uint16_t)mask_tiles(p, v->mask);
     if (!choose_tile(p, v)) {
         v->mask_tiles = 0;
         choose_tile(p, v);
     }
     v->threads = (uint16_t)(128 + 2 * v->block_m);
-    v->ping_pong = max(v->head_dim, v->head_dim_v) <= 128 || v->window;
+    v->ping_pong = has_turns(p, v);
     step->blocks = (int)div_up(p->seq_q, v->block_m);
     step->shared_bytes = (unsigned)shared_bytes(v);
 }

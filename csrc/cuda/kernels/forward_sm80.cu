@@ -177,21 +177,8 @@ static __device__ __forceinline__ float finish_scores(float (&S)[KEY_TILES][4],
     }
     if (FA_MASK || c <= 0)
         c = 1;
-    if (cut) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int row = i + g + 8 * r, first = j + 2 * t;
-            const int begin = FA_WINDOW ? row + p.window_begin - first : 0;
-            const int end = min(p.seq_k, FA_WINDOW ? row + p.window_end : p.seq_k) - first;
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-                for (int x = 0; x < 2; x++) {
-                    if (8 * n + x >= end || (FA_WINDOW && 8 * n + x < begin))
-                        S[n][2 * r + x] = NEGATIVE_INFINITY;
-                }
-        }
-    }
+    if (cut)
+        hide_scores(S, p, i + g, j + 2 * t);
     return c;
 }
 

@@ -24,6 +24,9 @@
 #include "scores.cuh"
 
 constexpr int CONSUMERS = BLOCK_M / 64; /* warpgroups that compute */
+/* With one buffer for Q, O goes to memory from registers: in the place of Q it would keep the next
+ * one out until it has left. */
+constexpr bool DIRECT = Q_BUFFERS == 1;
 constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16;
 constexpr int WIDTH = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int KEY_TILES = BLOCK_N / 8, OUT_TILES = WIDTH / 8;
@@ -36,7 +39,7 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 using QTile = Panels<64, HEAD_DIM>;
 using KTile = Panels<BLOCK_N, HEAD_DIM>;
 using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
-using OTile = Panels<64, HEAD_DIM_V>; /* takes the place of Q */
+using OTile = Panels<64, HEAD_DIM_V>; /* takes the place of Q, if not DIRECT */
 
 constexpr int Q_BYTES = QTile::BYTES > OTile::BYTES ? QTile::BYTES : OTile::BYTES;
 
@@ -68,7 +71,7 @@ static __device__ __forceinline__ Range visible_tiles(const fa_kernel_params &p,
 }
 
 struct Work {
-    int head; /* of queries, counted through the batch */
+    int head; /* of queries, counted through the batch; -1: there is no more work */
     int row;  /* the first query */
     Range tiles;
 
@@ -87,29 +90,30 @@ static __device__ __forceinline__ Work work_of(const fa_kernel_params &p, int pi
     return {group + in_group % group_heads, row, visible_tiles(p, row, BLOCK_M)};
 }
 
-/* What one thread posts for all warps of the block: the numbers of the pieces to work on. */
+/* What one thread posts for all warps of the block: the pieces to work on. */
 constexpr int POSTS = 4;
 
 struct Posts {
-    int piece[POSTS]; /* past the last one: there is no more */
+    int head[POSTS], row[POSTS], begin[POSTS], end[POSTS]; /* of struct Work */
     mbarrier full[POSTS], empty[POSTS];
 };
-constexpr int READERS = 3 + 4 * CONSUMERS; /* the warps of K, V and O, and those that compute */
+/* The warps of K and V, those that compute and, if not DIRECT, the one of O. */
+constexpr int READERS = 2 + !DIRECT + 4 * CONSUMERS;
 
 /* The n-th piece of this block, if there is one. Read by whole warps or by single threads. */
-static __device__ __forceinline__ bool read_post(const fa_kernel_params &p, Posts &posts,
-                                                 unsigned n, bool whole_warp, Work &work) {
+static __device__ __forceinline__ bool read_post(Posts &posts, unsigned n, bool whole_warp,
+                                                 Work &work) {
     wait_full(posts.full, n);
-    int piece = posts.piece[n % POSTS];
+    const unsigned i = n % POSTS;
+    work = {posts.head[i], posts.row[i], {posts.begin[i], posts.end[i]}};
     if (whole_warp) {
-        piece = uniform(piece);
-        release(&posts.empty[n % POSTS]);
+        work = {uniform(work.head),
+                uniform(work.row),
+                {uniform(work.tiles.begin), uniform(work.tiles.end)}};
+        release(&posts.empty[i]);
     } else
-        mbarrier_arrive(&posts.empty[n % POSTS]);
-    if (piece >= p.batch * p.heads_q * p.blocks)
-        return false;
-    work = work_of(p, piece);
-    return true;
+        mbarrier_arrive(&posts.empty[i]);
+    return work.head >= 0;
 }
 
 /* All of shared memory. */
@@ -119,7 +123,7 @@ struct Shared {
     unsigned char V[STAGES][VTile::BYTES];
     unsigned char mask[STAGES][MaskTile::BYTES]; /* comes and goes with K */
     mbarrier Q_full[CONSUMERS][Q_BUFFERS], Q_empty[CONSUMERS][Q_BUFFERS];
-    mbarrier O_full[CONSUMERS][Q_BUFFERS];
+    mbarrier O_full[CONSUMERS][Q_BUFFERS]; /* if not DIRECT */
     mbarrier K_full[STAGES], K_empty[STAGES];
     mbarrier V_full[STAGES], V_empty[STAGES];
     Posts posts;
@@ -128,19 +132,22 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 /* --- the warpgroup that moves data; one thread of each warp --- */
 
-/* Q, and before it the number of the piece. */
+/* Q, and before it the piece for the others. */
 static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const tensor_map *map,
                                                Shared &shared) {
     Dispenser dispenser;
     const int count = p.batch * p.heads_q * p.blocks;
     for (unsigned n = 0;; n++) {
         const int piece = dispenser.next(p, count);
+        const Work work = piece < count ? work_of(p, piece) : Work{-1, 0, {0, 0}};
         wait_empty(shared.posts.empty, n);
-        shared.posts.piece[n % POSTS] = piece;
+        shared.posts.head[n % POSTS] = work.head;
+        shared.posts.row[n % POSTS] = work.row;
+        shared.posts.begin[n % POSTS] = work.tiles.begin;
+        shared.posts.end[n % POSTS] = work.tiles.end;
         mbarrier_arrive(&shared.posts.full[n % POSTS]);
         if (piece >= count)
             return;
-        const Work work = work_of(p, piece);
         const int h = p.q.stride_head ? work.h(p) : 0, b = p.q.stride_batch ? work.b(p) : 0;
         for (int w = 0; w < CONSUMERS; w++) {
             wait_empty(shared.Q_empty[w], n);
@@ -158,7 +165,7 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
             mbarrier (&empty)[STAGES], Posts &posts, const Also &bring_also) {
     Work work;
     unsigned n = 0; /* tiles so far */
-    for (unsigned pieces = 0; read_post(p, posts, pieces, false, work); pieces++) {
+    for (unsigned pieces = 0; read_post(posts, pieces, false, work); pieces++) {
         const int h = tensor.stride_head ? work.h(p) / (p.heads_q / p.heads_k) : 0;
         const int b = tensor.stride_batch ? work.b(p) : 0;
         for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, n++) {
@@ -173,7 +180,7 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
 static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const tensor_map *map,
                                               Shared &shared) {
     Work work;
-    for (unsigned n = 0; read_post(p, shared.posts, n, false, work); n++)
+    for (unsigned n = 0; read_post(shared.posts, n, false, work); n++)
         for (int w = 0; w < CONSUMERS; w++) {
             wait_full(shared.O_full[w], n);
             OTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.store(map, work.row + 64 * w,
@@ -274,6 +281,25 @@ static __device__ __forceinline__ float max_of_row(const Scores &S, int r) {
     return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
 }
 
+/* For rows that have seen no key: the largest of a row's first eight scores, if they are not all
+ * hidden. */
+static __device__ __forceinline__ bool guess_maximum(const Scores &S, float c, Rows &rows) {
+    float most[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        most[r] = fmaxf(S[0][2 * r], S[0][2 * r + 1]);
+        most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+        most[r] = c * fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+        most[r] = rows.m[r] == NEGATIVE_INFINITY ? most[r] : rows.m[r];
+    }
+    if (__any_sync(~0u, fminf(most[0], most[1]) == NEGATIVE_INFINITY))
+        return false;
+    rows.m[0] = most[0];
+    rows.m[1] = most[1];
+    rows.unseen = false;
+    return true;
+}
+
 /* Of a bias or a bool mask: what is added to a score. */
 static __device__ __forceinline__ float mask_value(const fa_kernel_params &p, long long at) {
 #if FA_MASK == 1
@@ -327,20 +353,8 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
                 asm volatile("" ::: "memory");
         }
     }
-    if (!cut)
-        return;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int first = i + 8 * r + p.window_begin - key - 2 * t;
-        const int end = min(p.seq_k, FA_WINDOW ? i + 8 * r + p.window_end : p.seq_k) - key - 2 * t;
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                if (8 * n + x >= end || (FA_WINDOW && 8 * n + x < first))
-                    S[n][2 * r + x] = NEGATIVE_INFINITY;
-            }
-    }
+    if (cut)
+        hide_scores(S, p, i, key + 2 * t);
 }
 
 /* Makes probabilities of S; returns whether O has to be multiplied by rows.rescale.
@@ -349,14 +363,22 @@ static __device__ __forceinline__ void finish_scores(const fa_kernel_params &p, 
  * choice. So m stays what it was, a maximum of earlier keys, and all P are computed with it at
  * once; their sum, which is needed anyway, tells whether they have grown too much. If they have,
  * a power of two is taken out of them; if they have become infinite, they are computed again.
- * The maximum is looked for where a row has seen no key yet, where scores are hidden (such tiles
- * are few), and where the shortcut has failed badly. */
+ * A row that has seen no key yet takes the largest of its first few scores. The maximum is looked
+ * for where all of those are hidden, where there is a mask, and where the shortcut has failed
+ * badly. */
 static __device__ __forceinline__ bool softmax(const fa_kernel_params &p, Scores &S, Rows &rows,
                                                const Work &work, long long mask_start, int warp_row,
                                                int key, QTile Q, KTile K, MaskTile mask) {
     const bool cut = is_cut(p, warp_row, 16, key, BLOCK_N);
-    bool look = FA_MASK || cut || rows.unseen || rows.wary, rescaled = false;
+    const bool shortcut = !FA_MASK && (p.scale > 0 || !(cut || rows.unseen));
+    bool look = rows.wary || !shortcut, rescaled = false;
     float sum[2];
+    if (!look && cut) {
+        const int lane = lane_anew();
+        hide_scores(S, p, warp_row + lane / 4, key + lane % 4 * 2);
+    }
+    if (!look && rows.unseen)
+        look = !guess_maximum(S, p.scale_log2e, rows);
     if (!look) {
         exponentials(S, p.scale_log2e, rows.m, sum);
         if (__any_sync(~0u, !(sum[0] + sum[1] <= SUM_LIMIT))) { /* a NaN comes here, too */
@@ -434,12 +456,10 @@ static __device__ __forceinline__ void rescale_output(Output &O, const float (&r
             O[n][x] *= rescale[x / 2];
 }
 
-/* O / l to shared memory, the lse to global. */
-static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, const Output &O,
-                                                     const Rows &rows, const Work &work,
-                                                     int warp_row, OTile out) {
+/* The lse of a thread's rows, and in f what their O has to be multiplied by. */
+static __device__ __forceinline__ void finish_rows(const fa_kernel_params &p, const Rows &rows,
+                                                   int head, int warp_row, float (&f)[2]) {
     const int lane = lane_anew();
-    float f[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = rows.l[r];
@@ -448,15 +468,43 @@ static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, 
         f[r] = sum == 0 ? 0 : (FA_DROPOUT ? p.dropout_scale : 1) / sum;
         const int i = warp_row + lane / 4 + 8 * r;
         if (lane % 4 == 0 && i < p.seq_q)
-            p.lse[(long long)work.head * p.seq_q + i] =
+            p.lse[(long long)head * p.seq_q + i] =
                 rows.m[r] * (NATURAL_UNITS ? 1 : LN2) + logf(sum);
     }
+}
+
+/* O times f to shared memory. */
+static __device__ __forceinline__ void store_output(const Output &O, const float (&f)[2], OTile out,
+                                                    int first_row) {
+    const int lane = lane_anew();
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2)
-        stmatrix_x4(out.chunk((warp_row - work.row) % 64 + lane % 16, 8 * n + lane / 16 * 8),
+        stmatrix_x4(out.chunk(first_row + lane % 16, 8 * n + lane / 16 * 8),
                     pack(O[n][0] * f[0], O[n][1] * f[0]), pack(O[n][2] * f[1], O[n][3] * f[1]),
                     pack(O[n + 1][0] * f[0], O[n + 1][1] * f[0]),
                     pack(O[n + 1][2] * f[1], O[n + 1][3] * f[1]));
+}
+
+/* O times f to global memory. Of every 16 columns a thread has two and two, eight apart; after an
+ * exchange with its neighbour it has four in a row. */
+static __device__ __forceinline__ void write_output(const fa_kernel_params &p, const Output &O,
+                                                    const float (&f)[2], const Work &work,
+                                                    int warp_row) {
+    const int lane = lane_anew(), t = lane % 4, row = warp_row + lane / 4;
+    const int col = t % 2 * 8 + t / 2 * 4;
+    elem *out = (elem *)p.out.data + work.b(p) * p.out.stride_batch +
+                work.h(p) * p.out.stride_head + row * p.out.stride_row + col;
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n += 2)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const unsigned low = pack(O[n][2 * r] * f[r], O[n][2 * r + 1] * f[r]);
+            const unsigned high = pack(O[n + 1][2 * r] * f[r], O[n + 1][2 * r + 1] * f[r]);
+            const unsigned other = __shfl_xor_sync(~0u, t % 2 ? low : high, 1);
+            if (row + 8 * r < p.seq_q && 8 * n + col < HEAD_DIM_V)
+                *(uint2 *)(out + 8 * r * p.out.stride_row + 8 * n) =
+                    t % 2 ? make_uint2(other, high) : make_uint2(low, other);
+        }
 }
 
 static __device__ __forceinline__ void begin_turn(int w) {
@@ -490,7 +538,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         end_turn(CONSUMERS - 1);
 
     Work work;
-    for (unsigned pieces = 0; read_post(p, shared.posts, pieces, true, work); pieces++) {
+    for (unsigned pieces = 0; read_post(shared.posts, pieces, true, work); pieces++) {
         const int row = work.row + 64 * w, warp_row = row + 16 * warp_in_group;
         Range own = work.tiles;
         if (row >= p.seq_q)
@@ -555,13 +603,20 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             pin(O);
             release(&shared.V_empty[(n - 1) % STAGES]);
         }
+        if (DIRECT)
+            release(&shared.Q_empty[w][pieces % Q_BUFFERS]);
+        float f[2];
+        finish_rows(p, rows, work.head, warp_row, f);
+        if (DIRECT)
+            write_output(p, O, f, work, warp_row);
+        else {
+            barrier_sync(Q_DONE + w, 128); /* by all of the warpgroup: O takes its place */
+            store_output(O, f, OTile{Q.address}, 16 * warp_in_group);
+            fence_proxy_async();
+            release(&shared.O_full[w][pieces % Q_BUFFERS]);
+        }
         for (int tile = own.begin; tile > work.tiles.begin; tile--)
             pass_by();
-
-        barrier_sync(Q_DONE + w, 128); /* by all of the warpgroup: O takes its place */
-        finish_output(p, O, rows, work, warp_row, OTile{Q.address});
-        fence_proxy_async();
-        release(&shared.O_full[w][pieces % Q_BUFFERS]);
     }
     if (w == 0) /* takes the turn that nobody wants */
         begin_turn(w);
@@ -580,7 +635,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < Q_BUFFERS; i++)
             for (int w = 0; w < CONSUMERS; w++) {
                 mbarrier_init(&shared.Q_full[w][i], 1);
-                mbarrier_init(&shared.Q_empty[w][i], 1);
+                mbarrier_init(&shared.Q_empty[w][i], DIRECT ? 4 : 1);
                 mbarrier_init(&shared.O_full[w][i], 4);
             }
         for (int i = 0; i < STAGES; i++) {
@@ -616,7 +671,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else if (warp == 2)
             bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty,
                                shared.posts, [](const Work &, int, int) {});
-        else
+        else if (!DIRECT)
             take_O(p, &maps.out, shared);
     } else {
         if (CONSUMERS > 1)

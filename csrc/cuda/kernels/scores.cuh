@@ -60,6 +60,25 @@ static __device__ __forceinline__ bool is_cut(const fa_kernel_params &p, int i, 
            (FA_WINDOW && (i + rows - 1 + p.window_begin > j || i + p.window_end < j + cols));
 }
 
+/* Of a thread's scores, which begin at row i and column j of S: what is not visible becomes minus
+ * infinity. */
+template <int TILES>
+static __device__ __forceinline__ void hide_scores(float (&S)[TILES][4], const fa_kernel_params &p,
+                                                   int i, int j) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = i + 8 * r, begin = FA_WINDOW ? row + p.window_begin - j : 0;
+        const int end = min(p.seq_k, FA_WINDOW ? row + p.window_end : p.seq_k) - j;
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                if (8 * n + x >= end || (FA_WINDOW && 8 * n + x < begin))
+                    S[n][2 * r + x] = NEGATIVE_INFINITY;
+            }
+    }
+}
+
 /* Whether none of these scores is visible through the window. */
 static __device__ __forceinline__ bool is_hidden(const fa_kernel_params &p, int i, int rows, int j,
                                                  int cols) {
@@ -80,6 +99,7 @@ struct Dropout {
     unsigned limit;   /* of numbers, twice */
     unsigned flipped; /* ~0: kept are those below */
 
+    __device__ __forceinline__ Dropout() {}
     __device__ __forceinline__ Dropout(const fa_kernel_params &p, int b, int h) {
 #if FA_DROPOUT
         /* From lane 0, for the compiler to know that they are the same in all. */
