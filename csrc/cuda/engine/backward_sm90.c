@@ -11,15 +11,15 @@ static const struct tile {
     int max_head_dim; /* the larger of D and Dv */
     int kernel, block_m, block_n, q_buffers;
 } tiles[] = {
-    {64, FA_CUDA_BACKWARD_SM90, 128, 128, 3},
-    {128, FA_CUDA_BACKWARD_SM90, 64, 128, 3},
+    {64, FA_CUDA_BACKWARD_SM90, 128, 128, 2},
+    {128, FA_CUDA_BACKWARD_SM90, 64, 128, 2},
     {256, FA_CUDA_BACKWARD_WIDE_SM90, 64, 64, 2},
 };
 enum { THREADS = 384, STAGES = 2 };
 
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
-    enum { BARRIERS = 256, WARPS = 8, DS_BUFFERS = 3 };
+    enum { BARRIERS = 256, WARPS = 8 };
     const int dq_cols = v->head_dim < 64 ? (v->head_dim + 15) / 16 * 16 : 64;
     const int dS = fa_cuda_panels_bytes(v->block_n, v->block_m);
     return fa_cuda_panels_bytes(v->block_n, v->head_dim) +
@@ -28,8 +28,8 @@ static int shared_bytes(const struct fa_cuda_variant *v) {
            v->stages * fa_cuda_panels_bytes(v->block_m, v->head_dim_v) +
            v->q_buffers * v->block_m * 2 * (int)sizeof(float) + BARRIERS +
            (v->kernel == FA_CUDA_BACKWARD_WIDE_SM90
-                ? DS_BUFFERS * dS + v->block_m * v->block_n * 2 /* P */
-                : dS + WARPS * 16 * dq_cols * (int)sizeof(float));
+                ? 3 * dS + v->block_m * v->block_n * 2 /* P */
+                : 2 * dS + WARPS * 16 * dq_cols * (int)sizeof(float));
 }
 
 static const struct tile *find_tile(const struct fa_params *p) {

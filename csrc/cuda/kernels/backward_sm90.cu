@@ -13,8 +13,13 @@
  * through shared memory. The sum of dQ over all blocks is made in global memory, in float, by the
  * copy engine.
  *
- * What the threads compute is hidden behind products: S of the next tile is asked for before dK and
- * dQ of this one, under which its exponentials run; dS runs under dV; dQ is taken away under dP.
+ * What the threads compute is hidden behind products, their own and those of the other warpgroup,
+ * of which they need only dS, and that a tile late:
+ *
+ *     exponentials of a tile        under its dP
+ *     dS                            under dQ of the tile before
+ *     dQ to shared memory           under dV and dK
+ *
  * The order of compute() is also what leaves registers enough: the compiler gives S, dP, P and dS
  * fixed places only if each is dead before the next is asked for.
  *
@@ -26,7 +31,7 @@ constexpr int CONSUMERS = 2; /* warpgroups that compute */
 static_assert(BLOCK_N == KEYS * CONSUMERS && THREADS == 128 * (CONSUMERS + 1), "see above");
 
 /* Registers of a thread that moves data and of one that computes; at first all have the same. */
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;
 
 /* The warpgroups share dQ by its rows where there are 128, else by its columns, if these are more
  * than 64. */
@@ -42,39 +47,60 @@ struct Shared {
     unsigned char V[VTile::BYTES];
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
-    unsigned char dS[STile::BYTES];
-    float dQ[4 * CONSUMERS][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
+    unsigned char dS[2][STile::BYTES];
+    float dQ[CONSUMERS][4][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
     float4 stats[Q_BUFFERS][BLOCK_M / 2];          /* row_stats of two queries; come with Q */
     mbarrier K_full, V_full;
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
-    mbarrier dS_full[1], dS_empty[1];
+    mbarrier dS_full[2], dS_empty[2];
+    mbarrier dQ_full[CONSUMERS][1], dQ_empty[CONSUMERS][1];
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
+/* What warpgroup w of those that compute has of dQ: 64 queries from `row` of a tile on, and up to 64
+ * columns from `col` on. Where there are none for the second warpgroup, its part is not used. */
+struct DQPart {
+    int row, col, bytes; /* of 16 queries */
+
+    __device__ __forceinline__ explicit DQPart(int w)
+        : row(DQ_BY_ROWS ? 64 * w : 0), col(DQ_BY_ROWS ? 0 : 64 * w),
+          bytes(min(DQ_COLS, DEPTH - col) / 8 * DQ_TILE * (int)sizeof(float)) {}
+};
+
+/* --- what adds dQ of a warpgroup to the sum in global memory: one thread --- */
+
+static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, Shared &shared,
+                                              const Work &work, const QueryTiles &queries, int w) {
+    const DQPart part(w);
+    QueryTile tile = queries.first();
+    for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
+        wait_full(shared.dQ_full[w], n);
+        fence_proxy_async();
+        for (int warp = 0; warp < 4; warp++) {
+            const int query = tile.i + part.row + 16 * warp;
+            if (query < p.seq_q && part.bytes > 0)
+                bulk_add(dq_sum_tile(p, work.b, tile.h, query, part.col),
+                         shared_address(shared.dQ[w][warp]), part.bytes);
+        }
+        tma_store_commit();
+        tma_store_wait_read();
+        mbarrier_arrive(&shared.dQ_empty[w][0]);
+    }
+}
+
 /* --- a warpgroup that computes --- */
 
-/* Adds what a warp has of a tile's dQ to the sum in global memory: 16 queries, which begin at
- * `query`, and the columns from `col` on. */
-static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p,
-                                              float (&staging)[DQ_COLS / 8][DQ_TILE],
-                                              const Gradient<DQ_COLS> &dQ, int b, int h, int query,
-                                              int col) {
-    const int lane = lane_anew(), bytes = min(DQ_COLS, DEPTH - col) / 8 * sizeof staging[0];
-    if (!p.dq_sum || query >= p.seq_q || bytes <= 0)
-        return;
-    if (lane == 0)
-        tma_store_wait_read(); /* of the tile before */
-    __syncwarp();
+/* The n-th dQ of a warp, for add_dQ. */
+static __device__ __forceinline__ void put_dQ(Shared &shared, const Gradient<DQ_COLS> &dQ, int w,
+                                              int warp, unsigned n) {
+    const int lane = lane_anew();
+    wait_empty(shared.dQ_empty[w], n);
 #pragma unroll
     for (int d = 0; d < DQ_COLS / 8; d++)
-        *(float4 *)&staging[d][4 * lane] = make_float4(dQ[d][0], dQ[d][1], dQ[d][2], dQ[d][3]);
-    fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) {
-        bulk_add(dq_sum_tile(p, b, h, query, col), shared_address(staging), bytes);
-        tma_store_commit();
-    }
+        *(float4 *)&shared.dQ[w][warp][d][4 * lane] =
+            make_float4(dQ[d][0], dQ[d][1], dQ[d][2], dQ[d][3]);
+    release(&shared.dQ_full[w][0]);
 }
 
 /* dK and dV, in the places of K and V. */
@@ -107,15 +133,11 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
     const int warp = uniform(threadIdx.x / 32) % 4, warp_row = KEYS * w + 16 * warp;
     const KTile K{shared_address(shared.K)}, own_K = K.from_row(KEYS * w);
     const VTile V{shared_address(shared.V)}, own_V = V.from_row(KEYS * w);
-    const STile dS_tile{shared_address(shared.dS)};
+    const auto dS_tile = [&](unsigned n) { return STile{shared_address(shared.dS[n % 2])}; };
     const auto Q = [&](unsigned n) { return QTile{shared_address(shared.Q[n % Q_BUFFERS])}; };
     const auto dO = [&](unsigned n) { return OTile{shared_address(shared.dO[n % STAGES])}; };
-    /* Of dQ. Where there are no columns for the second warpgroup, its part is not used. */
-    const int dq_row = DQ_BY_ROWS ? 64 * w : 0, dq_col = DQ_BY_ROWS ? 0 : 64 * w;
-    const KTile dq_K = K.from_panel_of(DEPTH > 64 ? dq_col : 0);
-    const auto add = [&](const Gradient<DQ_COLS> &dQ, QueryTile tile) {
-        add_dQ(p, shared.dQ[4 * w + warp], dQ, work.b, tile.h, tile.i + dq_row + 16 * warp, dq_col);
-    };
+    const DQPart part(w);
+    const KTile dq_K = K.from_panel_of(DEPTH > 64 ? part.col : 0);
 
     Gradient<DEPTH> dK;
     Gradient<DEPTH_V> dV;
@@ -129,36 +151,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         Operand P, dS;
         Gradient<DQ_COLS> dQ;
         Dropout dropout(p, work.b, tile.h);
-        /* dP, and dV += P^T dO. */
-        const auto multiply_dO = [&] {
-            Operand kept;
-            if (FA_DROPOUT)
-                keep(kept, P);
-            wait_full(shared.dO_full, n);
-            multiply_rows<DEPTH_V>(dP, own_V, dO(n));
-            multiply_queries<DEPTH_V>(dV, FA_DROPOUT ? kept : P, dO(n));
-        };
-        /* dS of dP. */
-        const auto score_gradients = [&] {
-            wgmma_wait<1>(); /* dP */
-            pin(dP);
-            differentiate(p, dP, P, shared.stats[n % Q_BUFFERS]);
-            /* Here so that the compiler does not take the next wait ahead of the arithmetic. */
-            wait_empty(shared.dS_empty, n);
-            wgmma_wait<0>(); /* dV */
-            pin(dP);
-            release(&shared.dO_empty[n % STAGES]);
-            round_scores(dS, dP);
-        };
-        /* dK += dS^T Q, and dQ. */
-        const auto multiply_dS = [&] {
-            put_dS(dS_tile, warp_row, dS);
-            fence_proxy_async();
-            release(&shared.dS_full[0]);
-            wgmma_fence();
-            multiply_queries<DEPTH>(dK, dS, Q(n));
-            wait_full(shared.dS_full, n);
-            multiply_keys(dQ, dS_tile.from_panel_of(dq_row), dq_K);
+        const auto multiply_dS = [&](unsigned n) {
+            multiply_keys(dQ, dS_tile(n).from_panel_of(part.row), dq_K);
         };
 
         mbarrier_wait(&shared.K_full, 0);
@@ -166,46 +160,64 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         pin(dK);
         pin(dV);
         multiply_rows<DEPTH>(S, own_K, Q(0));
-        wgmma_wait<0>();
-        pin(S);
-        exponentiate(p, S, shared.stats[0], dropout, tile.i, work.first_key + warp_row);
-        round_scores(P, S);
         mbarrier_wait(&shared.V_full, 0);
-        multiply_dO();
-        score_gradients();
 
-        for (QueryTile next; next = queries.after(tile), queries.has(next); tile = next) {
+        for (QueryTile next;; tile = next) {
+            wait_full(shared.dO_full, n);
+            multiply_rows<DEPTH_V>(dP, own_V, dO(n));
+
+            wgmma_wait<1>(); /* S */
+            pin(S);
+            dropout.head = work.b * p.heads_q + tile.h;
+            exponentiate(p, S, shared.stats[n % Q_BUFFERS], dropout, tile.i,
+                         work.first_key + warp_row);
+            round_scores(P, S);
+            if (n > 0) {
+                wait_full(shared.dS_full, n - 1);
+                fence_proxy_async();
+            }
+            multiply_dS(n + 1); /* of the tile before; of nothing at first */
+
+            wgmma_wait<1>(); /* dP */
+            pin(dP);
+            differentiate(p, dS, dP, P, shared.stats[n % Q_BUFFERS]);
+            wait_empty(shared.dS_empty, n);
+            put_dS(dS_tile(n), warp_row, dS);
+            release(&shared.dS_full[n % 2]);
+            if (FA_DROPOUT)
+                keep(P);
+            wgmma_fence();
+            multiply_queries<DEPTH_V>(dV, P, dO(n));
+            multiply_queries<DEPTH>(dK, dS, Q(n));
+
+            wgmma_wait<2>(); /* dQ */
+            pin(dQ);
+            if (n > 0) {
+                release(&shared.dS_empty[(n - 1) % 2]);
+                if (p.dq_sum)
+                    put_dQ(shared, dQ, w, warp, n - 1);
+            }
+
+            next = queries.after(tile);
+            if (!queries.has(next))
+                break;
+            wgmma_wait<1>(); /* dV */
+            release(&shared.dO_empty[n % STAGES]);
             wait_full(shared.Q_full, n + 1);
             multiply_rows<DEPTH>(S, own_K, Q(n + 1));
-            multiply_dS();
-
-            wgmma_wait<2>(); /* S */
-            pin(S);
-            dropout.head = work.b * p.heads_q + next.h;
-            exponentiate(p, S, shared.stats[(n + 1) % Q_BUFFERS], dropout, next.i,
-                         work.first_key + warp_row);
             wgmma_wait<1>(); /* dK */
-            pin(S);
             release(&shared.Q_empty[n % Q_BUFFERS]);
-            round_scores(P, S);
-
             n++;
-            if (!FA_DROPOUT)
-                multiply_dO();
-            wgmma_wait<FA_DROPOUT ? 0 : 2>(); /* dQ */
-            pin(dQ);
-            release(&shared.dS_empty[0]);
-            add(dQ, tile);
-            if (FA_DROPOUT) /* only now there are registers for a second P */
-                multiply_dO();
-            score_gradients();
         }
-        multiply_dS();
+        wait_full(shared.dS_full, n);
+        fence_proxy_async();
+        multiply_dS(n);
         wgmma_wait<0>();
         pin(dQ);
         pin(dK);
         pin(dV);
-        add(dQ, tile);
+        if (p.dq_sum)
+            put_dQ(shared, dQ, w, warp, n);
     }
 
     store_gradients(p, maps, shared, work, dK, dV);
@@ -218,8 +230,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
         prepare_to_bring(maps, shared, 4 * CONSUMERS);
-        mbarrier_init(&shared.dS_full[0], 4 * CONSUMERS);
-        mbarrier_init(&shared.dS_empty[0], 4 * CONSUMERS);
+        for (int i = 0; i < 2; i++) {
+            mbarrier_init(&shared.dS_full[i], 4 * CONSUMERS);
+            mbarrier_init(&shared.dS_empty[i], 4 * CONSUMERS);
+        }
+        for (int w = 0; w < CONSUMERS; w++) {
+            mbarrier_init(&shared.dQ_full[w][0], 4);
+            mbarrier_init(&shared.dQ_empty[w][0], 1);
+        }
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -229,6 +247,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);
+        if (warp >= 2 && p.dq_sum && threadIdx.x % 32 == 0)
+            add_dQ(p, shared, work, queries, warp - 2);
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         compute(p, maps, shared, work, queries, warp / 4 - 1);

@@ -197,33 +197,35 @@ static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, S
     }
 }
 
-/* dP becomes dS = P (dP - delta). P comes as it was rounded for dV: there are no registers to keep
- * more of it. */
-static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, Scores &dP,
-                                                     const Operand &P, const float4 *stats) {
+/* dS = P (dP - delta). P comes as it was rounded for dV: there are no registers to keep more of it. */
+static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, Operand &dS,
+                                                     const Scores &dP, const Operand &P,
+                                                     const float4 *stats) {
     const int t = lane_anew() % 4;
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++) {
         const float4 pair = stats[4 * m + t];
 #pragma unroll
-        for (int x = 0; x < 4; x++) {
-            float P_x = to_float((elem)(P[m / 2][m % 2 * 2 + x / 2] >> 16 * (x % 2)));
+        for (int r = 0; r < 2; r++) {
+            const unsigned P_r = P[m / 2][m % 2 * 2 + r];
+            float even = dP[m][2 * r], odd = dP[m][2 * r + 1];
             if (FA_DROPOUT) {
-                dP[m][x] = P_x < 0 ? 0 : dP[m][x] * p.dropout_scale;
-                P_x = fabsf(P_x);
+                even = P_r & 0x8000 ? 0 : even * p.dropout_scale;
+                odd = P_r & 0x80000000 ? 0 : odd * p.dropout_scale;
             }
-            dP[m][x] = P_x * (dP[m][x] - (x % 2 ? pair.w : pair.y));
+            dS[m / 2][m % 2 * 2 + r] =
+                multiply_pairs(FA_DROPOUT ? P_r & 0x7fff7fff : P_r, pack_finite(even - pair.y, odd - pair.w));
         }
     }
 }
 
-/* What dropout keeps of P. dV is scaled in the end. */
-static __device__ __forceinline__ void keep(Operand &kept, const Operand &P) {
+/* Of P what dropout keeps. dV is scaled in the end. */
+static __device__ __forceinline__ void keep(Operand &P) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++)
 #pragma unroll
         for (int x = 0; x < 4; x++)
-            kept[m][x] = P[m][x] & ~((P[m][x] >> 15 & 0x10001) * 0xffff);
+            P[m][x] &= ~((P[m][x] >> 15 & 0x10001) * 0xffff);
 }
 
 static __device__ __forceinline__ void round_scores(Operand &A, const Scores &C) {

@@ -119,7 +119,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                                A[m][3]);
             release(&shared.P_full[0]);
             if (FA_DROPOUT)
-                keep(A, A);
+                keep(A);
             wait_full(shared.dO_full, n);
         } else {
             release(&shared.dO_empty[n % STAGES]);
@@ -130,8 +130,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                 load_shared_4(P[m], shared_address(&shared.P[m][thread]));
             release(&shared.P_empty[0]);
             wait_full(shared.Q_full, n);
-            differentiate(p, S, P, shared.stats[n % Q_BUFFERS]);
-            round_scores(A, S);
+            differentiate(p, A, S, P, shared.stats[n % Q_BUFFERS]);
             wait_empty(shared.dS_empty, n);
             put_dS(dS(n), 16 * warp, A);
             fence_proxy_async();
