@@ -31,7 +31,7 @@ constexpr int CONSUMERS = 2; /* warpgroups that compute */
 static_assert(BLOCK_N == KEYS * CONSUMERS && THREADS == 128 * (CONSUMERS + 1), "see above");
 
 /* Registers of a thread that moves data and of one that computes; at first all have the same. */
-constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
 /* The warpgroups share dQ by its rows where there are 128, else by its columns, if these are more
  * than 64. */
