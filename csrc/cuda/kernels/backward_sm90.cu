@@ -13,15 +13,9 @@
  * through shared memory. The sum of dQ over all blocks is made in global memory, in float, by the
  * copy engine.
  *
- * What the threads compute is hidden behind products, their own and those of the other warpgroup,
- * of which they need only dS, and that a tile late:
- *
- *     exponentials of a tile        under its dP
- *     dS                            under dQ of the tile before
- *     dQ to shared memory           under dV and dK
- *
- * The order of compute() is also what leaves registers enough: the compiler gives S, dP, P and dS
- * fixed places only if each is dead before the next is asked for.
+ * What the threads compute between products is hidden behind those of the other warpgroup, and
+ * partly behind their own: exponentials run under dP, and under dK dQ goes to shared memory, from
+ * where a warp of its own adds it to the sum in global memory.
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, Q_BUFFERS,
  * STAGES (of dO), FA_WINDOW, FA_DROPOUT. */
@@ -49,7 +43,7 @@ struct Shared {
     unsigned char dO[STAGES][OTile::BYTES];
     unsigned char dS[2][STile::BYTES];
     float dQ[CONSUMERS][4][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
-    float4 stats[Q_BUFFERS][BLOCK_M / 2];          /* row_stats of two queries; come with Q */
+    PairStats stats[Q_BUFFERS][BLOCK_M / 2];      /* row_stats; come with Q */
     mbarrier K_full, V_full;
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
@@ -58,8 +52,8 @@ struct Shared {
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
-/* What warpgroup w of those that compute has of dQ: 64 queries from `row` of a tile on, and up to 64
- * columns from `col` on. Where there are none for the second warpgroup, its part is not used. */
+/* What warpgroup w of those that compute has of dQ: 64 queries from `row` of a tile on, and up to
+ * 64 columns from `col` on. Where there are none for the second warpgroup, its part is not used. */
 struct DQPart {
     int row, col, bytes; /* of 16 queries */
 
@@ -68,21 +62,21 @@ struct DQPart {
           bytes(min(DQ_COLS, DEPTH - col) / 8 * DQ_TILE * (int)sizeof(float)) {}
 };
 
-/* --- what adds dQ of a warpgroup to the sum in global memory: one thread --- */
+/* --- what adds dQ of a warpgroup to the sum in global memory: a thread for each of its warps ---
+ */
 
 static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, Shared &shared,
-                                              const Work &work, const QueryTiles &queries, int w) {
+                                              const Work &work, const QueryTiles &queries, int w,
+                                              int warp) {
     const DQPart part(w);
     QueryTile tile = queries.first();
     for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
+        const int query = tile.i + part.row + 16 * warp;
         wait_full(shared.dQ_full[w], n);
         fence_proxy_async();
-        for (int warp = 0; warp < 4; warp++) {
-            const int query = tile.i + part.row + 16 * warp;
-            if (query < p.seq_q && part.bytes > 0)
-                bulk_add(dq_sum_tile(p, work.b, tile.h, query, part.col),
-                         shared_address(shared.dQ[w][warp]), part.bytes);
-        }
+        if (query < p.seq_q && part.bytes > 0)
+            bulk_add(dq_sum_tile(p, work.b, tile.h, query, part.col),
+                     shared_address(shared.dQ[w][warp]), part.bytes);
         tma_store_commit();
         tma_store_wait_read();
         mbarrier_arrive(&shared.dQ_empty[w][0]);
@@ -145,79 +139,51 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
     set_to_zero(dV);
 
     QueryTile tile = queries.first();
-    if (queries.has(tile)) {
-        unsigned n = 0; /* tiles so far */
-        Scores S, dP;
-        Operand P, dS;
-        Gradient<DQ_COLS> dQ;
-        Dropout dropout(p, work.b, tile.h);
-        const auto multiply_dS = [&](unsigned n) {
-            multiply_keys(dQ, dS_tile(n).from_panel_of(part.row), dq_K);
-        };
-
+    const unsigned tiles = queries.count();
+    Scores S, dP;
+    Operand P, dS;
+    Gradient<DQ_COLS> dQ;
+    Dropout dropout(p, work.b, tile.h);
+    if (tiles > 0) {
         mbarrier_wait(&shared.K_full, 0);
-        wait_full(shared.Q_full, 0);
-        pin(dK);
-        pin(dV);
-        multiply_rows<DEPTH>(S, own_K, Q(0));
         mbarrier_wait(&shared.V_full, 0);
-
-        for (QueryTile next;; tile = next) {
-            wait_full(shared.dO_full, n);
-            multiply_rows<DEPTH_V>(dP, own_V, dO(n));
-
-            wgmma_wait<1>(); /* S */
-            pin(S);
-            dropout.head = work.b * p.heads_q + tile.h;
-            exponentiate(p, S, shared.stats[n % Q_BUFFERS], dropout, tile.i,
-                         work.first_key + warp_row);
-            round_scores(P, S);
-            if (n > 0) {
-                wait_full(shared.dS_full, n - 1);
-                fence_proxy_async();
-            }
-            multiply_dS(n + 1); /* of the tile before; of nothing at first */
-
-            wgmma_wait<1>(); /* dP */
-            pin(dP);
-            differentiate(p, dS, dP, P, shared.stats[n % Q_BUFFERS]);
-            wait_empty(shared.dS_empty, n);
-            put_dS(dS_tile(n), warp_row, dS);
-            release(&shared.dS_full[n % 2]);
-            if (FA_DROPOUT)
-                keep(P);
-            wgmma_fence();
-            multiply_queries<DEPTH_V>(dV, P, dO(n));
-            multiply_queries<DEPTH>(dK, dS, Q(n));
-
-            wgmma_wait<2>(); /* dQ */
-            pin(dQ);
-            if (n > 0) {
-                release(&shared.dS_empty[(n - 1) % 2]);
-                if (p.dq_sum)
-                    put_dQ(shared, dQ, w, warp, n - 1);
-            }
-
-            next = queries.after(tile);
-            if (!queries.has(next))
-                break;
-            wgmma_wait<1>(); /* dV */
-            release(&shared.dO_empty[n % STAGES]);
-            wait_full(shared.Q_full, n + 1);
-            multiply_rows<DEPTH>(S, own_K, Q(n + 1));
-            wgmma_wait<1>(); /* dK */
-            release(&shared.Q_empty[n % Q_BUFFERS]);
-            n++;
-        }
+    }
+    for (unsigned n = 0; n < tiles; tile = queries.after(tile), n++) {
+        wait_full(shared.Q_full, n);
+        multiply_rows<DEPTH>(S, own_K, Q(n));
+        wait_full(shared.dO_full, n);
+        multiply_rows<DEPTH_V>(dP, own_V, dO(n));
+        wgmma_wait<1>(); /* S */
+        pin(S);
+        dropout.head = work.b * p.heads_q + tile.h;
+        exponentiate(p, S, shared.stats[n % Q_BUFFERS], dropout, tile.i, work.first_key + warp_row);
+        round_scores(P, S);
+        wgmma_wait<0>(); /* dP */
+        pin(dP);
+        differentiate(p, dS, dP, P, shared.stats[n % Q_BUFFERS]);
+        wait_empty(shared.dS_empty, n);
+        put_dS(dS_tile(n), warp_row, dS);
+        release(&shared.dS_full[n % 2]);
+        if (FA_DROPOUT)
+            keep(P);
+        wgmma_fence();
+        multiply_queries<DEPTH_V>(dV, P, dO(n));
         wait_full(shared.dS_full, n);
         fence_proxy_async();
-        multiply_dS(n);
-        wgmma_wait<0>();
+        multiply_keys(dQ, dS_tile(n).from_panel_of(part.row), dq_K);
+        multiply_queries<DEPTH>(dK, dS, Q(n));
+
+        wgmma_wait<2>(); /* dV */
+        release(&shared.dO_empty[n % STAGES]);
+        wgmma_wait<1>(); /* dQ */
         pin(dQ);
-        pin(dK);
-        pin(dV);
+        release(&shared.dS_empty[n % 2]);
         if (p.dq_sum)
             put_dQ(shared, dQ, w, warp, n);
+        wgmma_wait<0>();
+        pin(dK);
+        pin(dV);
+        release(&shared.Q_empty[n % Q_BUFFERS]);
     }
 
     store_gradients(p, maps, shared, work, dK, dV);
@@ -236,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         for (int w = 0; w < CONSUMERS; w++) {
             mbarrier_init(&shared.dQ_full[w][0], 4);
-            mbarrier_init(&shared.dQ_empty[w][0], 1);
+            mbarrier_init(&shared.dQ_empty[w][0], 4);
         }
         mbarrier_init_fence();
     }
@@ -247,8 +213,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);
-        if (warp >= 2 && p.dq_sum && threadIdx.x % 32 == 0)
-            add_dQ(p, shared, work, queries, warp - 2);
+        if (warp >= 2 && p.dq_sum && threadIdx.x % 32 < 4)
+            add_dQ(p, shared, work, queries, warp - 2, threadIdx.x % 32);
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         compute(p, maps, shared, work, queries, warp / 4 - 1);

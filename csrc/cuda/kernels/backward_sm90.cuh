@@ -164,15 +164,15 @@ static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STil
 
 /* S becomes P = exp(S - lse), with its sign changed where dropout drops it. */
 static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, Scores &S,
-                                                    const float4 *stats, const Dropout &dropout,
+                                                    const PairStats *stats, const Dropout &dropout,
                                                     int query, int warp_key) {
     const int lane = lane_anew(), g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++) {
-        const float4 pair = stats[4 * m + t];
+        const float2 pair = stats[4 * m + t].lse;
 #pragma unroll
         for (int x = 0; x < 4; x++) {
-            const float lse = x % 2 ? pair.z : pair.x;
+            const float lse = x % 2 ? pair.y : pair.x;
             S[m][x] = exp2_approx(min_nan(fmaf(S[m][x], p.scale_log2e, -lse), 0));
         }
     }
@@ -197,14 +197,15 @@ static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, S
     }
 }
 
-/* dS = P (dP - delta). P comes as it was rounded for dV: there are no registers to keep more of it. */
+/* dS = P (dP - delta). P comes as it was rounded for dV: there are no registers to keep more of it.
+ */
 static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, Operand &dS,
                                                      const Scores &dP, const Operand &P,
-                                                     const float4 *stats) {
+                                                     const PairStats *stats) {
     const int t = lane_anew() % 4;
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++) {
-        const float4 pair = stats[4 * m + t];
+        const float2 delta = stats[4 * m + t].delta;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const unsigned P_r = P[m / 2][m % 2 * 2 + r];
@@ -213,8 +214,8 @@ static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, 
                 even = P_r & 0x8000 ? 0 : even * p.dropout_scale;
                 odd = P_r & 0x80000000 ? 0 : odd * p.dropout_scale;
             }
-            dS[m / 2][m % 2 * 2 + r] =
-                multiply_pairs(FA_DROPOUT ? P_r & 0x7fff7fff : P_r, pack_finite(even - pair.y, odd - pair.w));
+            dS[m / 2][m % 2 * 2 + r] = multiply_pairs(FA_DROPOUT ? P_r & 0x7fff7fff : P_r,
+                                                      pack_finite(even - delta.x, odd - delta.y));
         }
     }
 }

@@ -31,8 +31,8 @@ struct Shared {
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
     unsigned char dS[DS_BUFFERS][STile::BYTES];
-    uint4 P[QUERY_TILES / 2][128];        /* as the threads of the first warpgroup hold it */
-    float4 stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats of two queries; come with Q */
+    uint4 P[QUERY_TILES / 2][128];           /* as the threads of the first warpgroup hold it */
+    PairStats stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats; come with Q */
     mbarrier K_full, V_full;
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
