@@ -32,6 +32,8 @@ constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr bool DQ_BY_ROWS = BLOCK_M == 128;
 static_assert(DEPTH <= (DQ_BY_ROWS ? 64 : 128), "all of dQ is computed");
 
+constexpr int AHEAD = QUERY_TILES < 8 ? QUERY_TILES : 8;
+
 /* Named barriers. */
 enum { KEYS_DONE = 1, GRADIENTS_DONE = 2 /* and 3: one a warpgroup */ };
 
@@ -87,8 +89,7 @@ static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, Shared 
 
 /* The n-th dQ of a warp, for add_dQ. */
 static __device__ __forceinline__ void put_dQ(Shared &shared, const Gradient<DQ_COLS> &dQ, int w,
-                                              int warp, unsigned n) {
-    const int lane = lane_anew();
+                                              int warp, unsigned lane, unsigned n) {
     wait_empty(shared.dQ_empty[w], n);
 #pragma unroll
     for (int d = 0; d < DQ_COLS / 8; d++)
@@ -125,6 +126,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                                                Shared &shared, const Work &work,
                                                const QueryTiles &queries, int w) {
     const int warp = uniform(threadIdx.x / 32) % 4, warp_row = KEYS * w + 16 * warp;
+    const unsigned lane = threadIdx.x % 32;
     const KTile K{shared_address(shared.K)}, own_K = K.from_row(KEYS * w);
     const VTile V{shared_address(shared.V)}, own_V = V.from_row(KEYS * w);
     const auto dS_tile = [&](unsigned n) { return STile{shared_address(shared.dS[n % 2])}; };
@@ -144,6 +146,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
     Operand P, dS;
     Gradient<DQ_COLS> dQ;
     Dropout dropout(p, work.b, tile.h);
+
     if (tiles > 0) {
         mbarrier_wait(&shared.K_full, 0);
         mbarrier_wait(&shared.V_full, 0);
@@ -153,16 +156,20 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         multiply_rows<DEPTH>(S, own_K, Q(n));
         wait_full(shared.dO_full, n);
         multiply_rows<DEPTH_V>(dP, own_V, dO(n));
+        QueryNumbers lse, delta;
+        load_lse<0, AHEAD>(lse, shared.stats[n % Q_BUFFERS], lane);
         wgmma_wait<1>(); /* S */
         pin(S);
+        load_lse<AHEAD, QUERY_TILES>(lse, shared.stats[n % Q_BUFFERS], lane);
         dropout.head = work.b * p.heads_q + tile.h;
-        exponentiate(p, S, shared.stats[n % Q_BUFFERS], dropout, tile.i, work.first_key + warp_row);
-        round_scores(P, S);
+        exponentiate(p, S, lse, dropout, tile.i, work.first_key + warp_row, lane);
+        round_P(P, S);
+        load_delta(delta, shared.stats[n % Q_BUFFERS], lane);
         wgmma_wait<0>(); /* dP */
         pin(dP);
-        differentiate(p, dS, dP, P, shared.stats[n % Q_BUFFERS]);
+        differentiate(p, dS, dP, P, delta);
         wait_empty(shared.dS_empty, n);
-        put_dS(dS_tile(n), warp_row, dS);
+        put_dS(dS_tile(n), warp_row, dS, lane);
         release(&shared.dS_full[n % 2]);
         if (FA_DROPOUT)
             keep(P);
@@ -173,13 +180,12 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         multiply_keys(dQ, dS_tile(n).from_panel_of(part.row), dq_K);
         multiply_queries<DEPTH>(dK, dS, Q(n));
 
-        wgmma_wait<2>(); /* dV */
-        release(&shared.dO_empty[n % STAGES]);
-        wgmma_wait<1>(); /* dQ */
+        wgmma_wait<1>(); /* dV, dQ */
         pin(dQ);
+        release(&shared.dO_empty[n % STAGES]);
         release(&shared.dS_empty[n % 2]);
         if (p.dq_sum)
-            put_dQ(shared, dQ, w, warp, n);
+            put_dQ(shared, dQ, w, warp, lane, n);
         wgmma_wait<0>();
         pin(dK);
         pin(dV);

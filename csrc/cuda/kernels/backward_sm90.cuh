@@ -162,20 +162,33 @@ static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STil
     wgmma_commit();
 }
 
+/* Of the queries whose scores a thread has. */
+using QueryNumbers = float2[QUERY_TILES];
+
+template <int BEGIN, int END>
+static __device__ __forceinline__ void load_lse(QueryNumbers &lse, const PairStats *stats,
+                                                unsigned lane) {
+#pragma unroll
+    for (int m = BEGIN; m < END; m++)
+        lse[m] = stats[4 * m + lane % 4].lse;
+}
+static __device__ __forceinline__ void load_delta(QueryNumbers &delta, const PairStats *stats,
+                                                  unsigned lane) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++)
+        delta[m] = stats[4 * m + lane % 4].delta;
+}
+
 /* S becomes P = exp(S - lse), with its sign changed where dropout drops it. */
 static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, Scores &S,
-                                                    const PairStats *stats, const Dropout &dropout,
-                                                    int query, int warp_key) {
-    const int lane = lane_anew(), g = lane / 4, t = lane % 4;
+                                                    const QueryNumbers &lse, const Dropout &dropout,
+                                                    int query, int warp_key, unsigned lane) {
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++) {
-        const float2 pair = stats[4 * m + t].lse;
+    for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-        for (int x = 0; x < 4; x++) {
-            const float lse = x % 2 ? pair.y : pair.x;
-            S[m][x] = exp2_approx(min_nan(fmaf(S[m][x], p.scale_log2e, -lse), 0));
-        }
-    }
+        for (int x = 0; x < 4; x++)
+            S[m][x] = exp2_approx(fmaf(S[m][x], p.scale_log2e, x % 2 ? -lse[m].y : -lse[m].x));
     if (FA_DROPOUT) {
 #pragma unroll /* from the last on: the other way round, it does not quite fit into registers */
         for (int m = QUERY_TILES - 2; m >= 0; m -= 2) {
@@ -201,11 +214,9 @@ static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, S
  */
 static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, Operand &dS,
                                                      const Scores &dP, const Operand &P,
-                                                     const PairStats *stats) {
-    const int t = lane_anew() % 4;
+                                                     const QueryNumbers &delta) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++) {
-        const float2 delta = stats[4 * m + t].delta;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const unsigned P_r = P[m / 2][m % 2 * 2 + r];
@@ -215,7 +226,7 @@ static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, 
                 odd = P_r & 0x80000000 ? 0 : odd * p.dropout_scale;
             }
             dS[m / 2][m % 2 * 2 + r] = multiply_pairs(FA_DROPOUT ? P_r & 0x7fff7fff : P_r,
-                                                      pack_finite(even - delta.x, odd - delta.y));
+                                                      pack_finite(even - delta[m].x, odd - delta[m].y));
         }
     }
 }
@@ -229,17 +240,18 @@ static __device__ __forceinline__ void keep(Operand &P) {
             P[m][x] &= ~((P[m][x] >> 15 & 0x10001) * 0xffff);
 }
 
-static __device__ __forceinline__ void round_scores(Operand &A, const Scores &C) {
+/* P, rounded. It is at most 1, also where scores are so large that lse has lost the difference. */
+static __device__ __forceinline__ void round_P(Operand &P, const Scores &S) {
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++) {
-        A[m / 2][m % 2 * 2] = pack(C[m][0], C[m][1]);
-        A[m / 2][m % 2 * 2 + 1] = pack(C[m][2], C[m][3]);
-    }
+    for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            P[m / 2][m % 2 * 2 + r] = limit_pairs(pack(S[m][2 * r], S[m][2 * r + 1]));
 }
 
 /* A warp's 16 rows of dS^T to shared memory. */
-static __device__ __forceinline__ void put_dS(STile tile, int warp_row, const Operand &dS) {
-    const int lane = lane_anew();
+static __device__ __forceinline__ void put_dS(STile tile, int warp_row, const Operand &dS,
+                                              unsigned lane) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++)
         stmatrix_x4(tile.chunk(warp_row + lane % 16, 16 * m + lane / 16 * 8), dS[m][0], dS[m][1],

@@ -61,7 +61,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                                                const QueryTiles &queries) {
     constexpr int COLS = HAS_P ? DEPTH_V : DEPTH; /* of dV or dK */
     constexpr unsigned DELAY = HAS_P ? 2 : 1;     /* of dQ, in tiles */
-    const int warp = uniform(threadIdx.x / 32) % 4, thread = threadIdx.x % 128;
+    const int warp = uniform(threadIdx.x / 32) % 4;
+    const unsigned thread = threadIdx.x % 128, lane = threadIdx.x % 32;
     const KTile K{shared_address(shared.K)};
     const VTile V{shared_address(shared.V)};
     const auto Q = [&](unsigned n) { return QTile{shared_address(shared.Q[n % Q_BUFFERS])}; };
@@ -104,14 +105,16 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
             wait_full(shared.dS_full, n - DELAY);
         multiply_half(dQ, n + DS_BUFFERS - DELAY, FIRST);
 
+        QueryNumbers numbers; /* lse or delta */
+        if (HAS_P)
+            load_lse<0, QUERY_TILES>(numbers, shared.stats[n % Q_BUFFERS], lane);
         wgmma_wait<1>(); /* S or dP */
         pin(S);
         if (HAS_P) {
             dropout.head = work.b * p.heads_q + tile.h;
-            exponentiate(p, S, shared.stats[n % Q_BUFFERS], dropout, tile.i,
-                         work.first_key + 16 * warp);
+            exponentiate(p, S, numbers, dropout, tile.i, work.first_key + 16 * warp, lane);
             release(&shared.Q_empty[n % Q_BUFFERS]);
-            round_scores(A, S);
+            round_P(A, S);
             wait_empty(shared.P_empty, n);
 #pragma unroll
             for (int m = 0; m < QUERY_TILES / 2; m++)
@@ -130,9 +133,10 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                 load_shared_4(P[m], shared_address(&shared.P[m][thread]));
             release(&shared.P_empty[0]);
             wait_full(shared.Q_full, n);
-            differentiate(p, A, S, P, shared.stats[n % Q_BUFFERS]);
+            load_delta(numbers, shared.stats[n % Q_BUFFERS], lane);
+            differentiate(p, A, S, P, numbers);
             wait_empty(shared.dS_empty, n);
-            put_dS(dS(n), 16 * warp, A);
+            put_dS(dS(n), 16 * warp, A, lane);
             fence_proxy_async();
             release(&shared.dS_full[n % DS_BUFFERS]);
         }

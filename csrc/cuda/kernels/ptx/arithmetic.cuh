@@ -34,6 +34,17 @@ static __device__ __forceinline__ unsigned multiply_pairs(unsigned x, unsigned y
     return pair;
 }
 
+/* Of both halves, what is larger than 1 in size becomes 1 or -1; NaN stays. */
+static __device__ __forceinline__ unsigned limit_pairs(unsigned x) {
+    unsigned pair;
+#if FA_DTYPE_BF16
+    asm("min.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(0x3f803f80));
+#else
+    asm("min.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(0x3c003c00));
+#endif
+    return pair;
+}
+
 static __device__ __forceinline__ float half_to_float(unsigned short x) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));

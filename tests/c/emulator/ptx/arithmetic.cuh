@@ -19,6 +19,15 @@ static inline unsigned multiply_pairs(unsigned x, unsigned y) {
     return pack(product[0], product[1]);
 }
 
+static inline unsigned limit_pairs(unsigned x) {
+    float half[2];
+    for (int i = 0; i < 2; i++) {
+        half[i] = emu_from_half(EMU_TYPE, (unsigned short)(x >> 16 * i));
+        half[i] = fabsf(half[i]) > 1 ? copysignf(1, half[i]) : half[i];
+    }
+    return pack(half[0], half[1]);
+}
+
 static inline float half_to_float(unsigned short x) {
     return emu_from_half(EMU_FP16, x);
 }
