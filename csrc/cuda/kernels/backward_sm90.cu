@@ -126,7 +126,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                                                Shared &shared, const Work &work,
                                                const QueryTiles &queries, int w) {
     const int warp = uniform(threadIdx.x / 32) % 4, warp_row = KEYS * w + 16 * warp;
-    const unsigned lane = threadIdx.x % 32;
+    const unsigned lane = lane_anew();
     const KTile K{shared_address(shared.K)}, own_K = K.from_row(KEYS * w);
     const VTile V{shared_address(shared.V)}, own_V = V.from_row(KEYS * w);
     const auto dS_tile = [&](unsigned n) { return STile{shared_address(shared.dS[n % 2])}; };
@@ -146,52 +146,57 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
     Operand P, dS;
     Gradient<DQ_COLS> dQ;
     Dropout dropout(p, work.b, tile.h);
-
     if (tiles > 0) {
         mbarrier_wait(&shared.K_full, 0);
+        wait_full(shared.Q_full, 0);
         mbarrier_wait(&shared.V_full, 0);
-    }
-    for (unsigned n = 0; n < tiles; tile = queries.after(tile), n++) {
-        wait_full(shared.Q_full, n);
-        multiply_rows<DEPTH>(S, own_K, Q(n));
-        wait_full(shared.dO_full, n);
-        multiply_rows<DEPTH_V>(dP, own_V, dO(n));
-        QueryNumbers lse, delta;
-        load_lse<0, AHEAD>(lse, shared.stats[n % Q_BUFFERS], lane);
-        wgmma_wait<1>(); /* S */
-        pin(S);
-        load_lse<AHEAD, QUERY_TILES>(lse, shared.stats[n % Q_BUFFERS], lane);
-        dropout.head = work.b * p.heads_q + tile.h;
-        exponentiate(p, S, lse, dropout, tile.i, work.first_key + warp_row, lane);
-        round_P(P, S);
-        load_delta(delta, shared.stats[n % Q_BUFFERS], lane);
-        wgmma_wait<0>(); /* dP */
-        pin(dP);
-        differentiate(p, dS, dP, P, delta);
-        wait_empty(shared.dS_empty, n);
-        put_dS(dS_tile(n), warp_row, dS, lane);
-        release(&shared.dS_full[n % 2]);
-        if (FA_DROPOUT)
-            keep(P);
-        wgmma_fence();
-        multiply_queries<DEPTH_V>(dV, P, dO(n));
-        wait_full(shared.dS_full, n);
-        fence_proxy_async();
-        multiply_keys(dQ, dS_tile(n).from_panel_of(part.row), dq_K);
-        multiply_queries<DEPTH>(dK, dS, Q(n));
+        pin(dK);
+        pin(dV);
+        multiply_rows<DEPTH>(S, own_K, Q(0));
+        for (unsigned n = 0;; tile = queries.after(tile), n++) {
+            wait_full(shared.dO_full, n);
+            multiply_rows<DEPTH_V>(dP, own_V, dO(n));
+            QueryNumbers lse, delta;
+            load_lse<0, AHEAD>(lse, shared.stats[n % Q_BUFFERS], lane);
+            wgmma_wait<1>(); /* S */
+            pin(S);
+            load_lse<AHEAD, QUERY_TILES>(lse, shared.stats[n % Q_BUFFERS], lane);
+            dropout.head = work.b * p.heads_q + tile.h;
+            exponentiate(p, S, lse, dropout, tile.i, work.first_key + warp_row, lane);
+            round_P(P, S);
+            load_delta(delta, shared.stats[n % Q_BUFFERS], lane);
+            wgmma_wait<0>(); /* dP */
+            pin(dP);
+            differentiate(p, dS, dP, P, delta);
+            wait_empty(shared.dS_empty, n);
+            put_dS(dS_tile(n), warp_row, dS, lane_anew());
+            release(&shared.dS_full[n % 2]);
+            if (FA_DROPOUT)
+                keep(P);
+            wgmma_fence();
+            multiply_queries<DEPTH_V>(dV, P, dO(n));
+            wait_full(shared.dS_full, n);
+            fence_proxy_async();
+            multiply_keys(dQ, dS_tile(n).from_panel_of(part.row), dq_K);
+            multiply_queries<DEPTH>(dK, dS, Q(n));
 
-        wgmma_wait<1>(); /* dV, dQ */
-        pin(dQ);
-        release(&shared.dO_empty[n % STAGES]);
-        release(&shared.dS_empty[n % 2]);
-        if (p.dq_sum)
-            put_dQ(shared, dQ, w, warp, lane, n);
+            wgmma_wait<1>(); /* dV, dQ */
+            pin(dQ);
+            release(&shared.dO_empty[n % STAGES]);
+            release(&shared.dS_empty[n % 2]);
+            if (p.dq_sum)
+                put_dQ(shared, dQ, w, warp, lane_anew(), n);
+            if (n + 1 == tiles)
+                break;
+            wait_full(shared.Q_full, n + 1);
+            multiply_rows<DEPTH>(S, own_K, Q(n + 1));
+            wgmma_wait<1>(); /* dK */
+            release(&shared.Q_empty[n % Q_BUFFERS]);
+        }
         wgmma_wait<0>();
         pin(dK);
         pin(dV);
-        release(&shared.Q_empty[n % Q_BUFFERS]);
     }
-
     store_gradients(p, maps, shared, work, dK, dV);
 }
 

@@ -225,8 +225,9 @@ static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, 
                 even = P_r & 0x8000 ? 0 : even * p.dropout_scale;
                 odd = P_r & 0x80000000 ? 0 : odd * p.dropout_scale;
             }
-            dS[m / 2][m % 2 * 2 + r] = multiply_pairs(FA_DROPOUT ? P_r & 0x7fff7fff : P_r,
-                                                      pack_finite(even - delta[m].x, odd - delta[m].y));
+            dS[m / 2][m % 2 * 2 + r] =
+                multiply_pairs(FA_DROPOUT ? P_r & 0x7fff7fff : P_r,
+                               pack_finite(even - delta[m].x, odd - delta[m].y));
         }
     }
 }
