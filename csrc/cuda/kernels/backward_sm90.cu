@@ -158,7 +158,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
             wgmma_fence();
             multiply_queries<DEPTH>(dK, dS, Q(n));
             wait_full(shared.dS_full, n);
-            multiply_keys(dQ, dS_tile.from_panel_of(dq_row), dq_K);
+            multiply_keys(dQ, dS_tile.from_row(dq_row), dq_K);
         };
 
         mbarrier_wait(&shared.K_full, 0);

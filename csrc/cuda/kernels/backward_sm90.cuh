@@ -25,7 +25,7 @@ using KTile = Panels<BLOCK_N, HEAD_DIM>;
 using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
 using QTile = Panels<BLOCK_M, HEAD_DIM>;
 using OTile = Panels<BLOCK_M, HEAD_DIM_V>;
-using STile = Panels<BLOCK_N, BLOCK_M>; /* dS^T */
+using STile = Panels<BLOCK_M, BLOCK_N>; /* dS: queries x keys */
 
 /* Boxes of 64 columns; BLOCK_M rows of q and dout, BLOCK_N of k and v, 64 of dk and dv. Heads and
  * batch entries that are broadcast, with a stride of 0, are there once. */
@@ -154,10 +154,10 @@ static __device__ __forceinline__ void multiply_queries(Gradient<COLS> &C, const
 /* 64 columns of dQ = dS K, summed over the keys of the block. */
 static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STile dS, KTile K) {
     wgmma_fence();
-    Wgmma<DQ_COLS>::multiply<OVER_ROWS, OVER_ROWS>(dQ, dS.sum_over_rows(0), K.sum_over_rows(0));
+    Wgmma<DQ_COLS>::multiply<OVER_COLS, OVER_ROWS>(dQ, dS.sum_over_cols(0), K.sum_over_rows(0));
 #pragma unroll
     for (int n = 16; n < BLOCK_N; n += 16)
-        Wgmma<DQ_COLS>::multiply_add<OVER_ROWS, OVER_ROWS>(dQ, dS.sum_over_rows(n),
+        Wgmma<DQ_COLS>::multiply_add<OVER_COLS, OVER_ROWS>(dQ, dS.sum_over_cols(n),
                                                            K.sum_over_rows(n));
     wgmma_commit();
 }
@@ -234,13 +234,14 @@ static __device__ __forceinline__ void round_scores(Operand &A, const Scores &C)
     }
 }
 
-/* A warp's 16 rows of dS^T to shared memory. */
-static __device__ __forceinline__ void put_dS(STile tile, int warp_row, const Operand &dS) {
+/* What a warp has of dS^T, 16 keys, to shared memory. */
+static __device__ __forceinline__ void put_dS(STile tile, int warp_key, const Operand &dS) {
     const int lane = lane_anew();
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++)
-        stmatrix_x4(tile.chunk(warp_row + lane % 16, 16 * m + lane / 16 * 8), dS[m][0], dS[m][1],
-                    dS[m][2], dS[m][3]);
+        stmatrix_x4_trans(
+            tile.chunk(16 * m + lane / 16 * 8 + lane % 8, warp_key + lane / 8 % 2 * 8), dS[m][0],
+            dS[m][1], dS[m][2], dS[m][3]);
 }
 
 /* dK or dV of a warp to shared memory, into its 16 rows of a tile of 64. */
