@@ -15,11 +15,14 @@ static const struct tile {
     {128, FA_CUDA_BACKWARD_SM90, 64, 128, 3},
     {256, FA_CUDA_BACKWARD_WIDE_SM90, 64, 64, 2},
 };
-enum { THREADS = 384, STAGES = 2 };
+enum { THREADS = 384, STAGES = 2, SHARED_LIMIT = 227 << 10 };
+
+/* As FA_MASK_TILES says it. */
+enum { NO_TILES, TILES, ONE_FOR_ALL_QUERIES };
 
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
-    enum { BARRIERS = 256, WARPS = 8, DS_BUFFERS = 3 };
+    enum { BARRIERS = 256, WARPS = 8, DS_BUFFERS = 3 }; /* 16 bytes for no tile of a mask, too */
     const int dq_cols = v->head_dim < 64 ? (v->head_dim + 15) / 16 * 16 : 64;
     const int dS = fa_cuda_panels_bytes(v->block_n, v->block_m);
     return fa_cuda_panels_bytes(v->block_n, v->head_dim) +
@@ -27,6 +30,7 @@ static int shared_bytes(const struct fa_cuda_variant *v) {
            v->q_buffers * fa_cuda_panels_bytes(v->block_m, v->head_dim) +
            v->stages * fa_cuda_panels_bytes(v->block_m, v->head_dim_v) +
            v->q_buffers * v->block_m * 2 * (int)sizeof(float) + BARRIERS +
+           (v->mask_tiles == TILES ? fa_cuda_mask_bytes(v, v->block_m) : 0) +
            (v->kernel == FA_CUDA_BACKWARD_WIDE_SM90
                 ? DS_BUFFERS * dS + v->block_m * v->block_n * 2 /* P */
                 : dS + WARPS * 16 * dq_cols * (int)sizeof(float));
@@ -44,8 +48,6 @@ const char *fa_cuda_not_backward_sm90(const struct fa_params *p, int arch) {
         return "backward_sm90.cu is for compute capability 9.0";
     if (p->dtype != FA_BFLOAT16 && p->dtype != FA_FLOAT16)
         return "backward_sm90.cu is for float16 and bfloat16";
-    if (p->mask.data)
-        return "backward_sm90.cu has no masks";
     if (p->seq_q == 0 || p->seq_k == 0)
         return "backward_sm90.cu wants queries and keys";
     if (find_tile(p)->kernel == FA_CUDA_BACKWARD_WIDE_SM90 && p->head_dim <= 64)
@@ -60,6 +62,24 @@ const char *fa_cuda_not_backward_sm90(const struct fa_params *p, int arch) {
     return NULL;
 }
 
+static int mask_tiles(const struct fa_params *p, int mask) {
+    const int64_t stride[] = {p->mask.stride_col, p->mask.stride_row, p->mask.stride_head,
+                              p->mask.stride_batch};
+    if (!mask)
+        return NO_TILES;
+    if (!p->mask.stride_row)
+        return ONE_FOR_ALL_QUERIES;
+    return fa_cuda_scores_can_be_mapped(p->mask.data, stride, fa_cuda_mask_elem_bytes(mask))
+               ? TILES
+               : NO_TILES;
+}
+
+static int mask_grad_can_be_mapped(const struct fa_params *p) {
+    const int64_t stride[] = {p->dmask.stride_col, p->dmask.stride_row, p->dmask.stride_head,
+                              p->dmask.stride_batch};
+    return p->dmask.in_dtype && fa_cuda_scores_can_be_mapped(p->dmask.data, stride, 2);
+}
+
 void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
     struct fa_cuda_variant *v = &step->variant;
     const struct tile *t = find_tile(p);
@@ -68,7 +88,12 @@ void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step)
     v->block_n = (uint16_t)t->block_n;
     v->threads = THREADS;
     v->stages = STAGES;
+    v->mask_tiles = (uint16_t)mask_tiles(p, v->mask);
+    if (mask_grad_can_be_mapped(p))
+        v->mask_grad = 4;
     v->q_buffers = (uint8_t)t->q_buffers;
+    while (shared_bytes(v) > SHARED_LIMIT)
+        v->q_buffers--;
     step->blocks = (int)div_up(p->seq_k, t->block_n);
     step->shared_bytes = (unsigned)shared_bytes(v);
 }
@@ -98,5 +123,14 @@ enum fa_status fa_cuda_encode_backward_maps(const struct fa_params *p,
         if (error)
             return fa_cuda_driver_error("tensor map", error);
     }
-    return FA_OK;
+    CUresult error = 0;
+    if (v->mask_tiles == TILES)
+        error = fa_cuda_encode_mask(&maps->mask, p, v, v->block_m);
+    if (!error && v->mask_grad == 4) {
+        const struct fa_tensor dmask = {p->dmask.data, p->dmask.stride_batch, p->dmask.stride_head,
+                                        p->dmask.stride_row};
+        error = fa_cuda_encode_tensor(&maps->dmask, p, &dmask, p->heads_q, p->seq_q, p->seq_k,
+                                      v->block_m);
+    }
+    return error ? fa_cuda_driver_error("tensor map", error) : FA_OK;
 }

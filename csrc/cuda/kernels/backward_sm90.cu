@@ -19,7 +19,7 @@
  * fixed places only if each is dead before the next is asked for.
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, Q_BUFFERS,
- * STAGES (of dO), FA_WINDOW, FA_DROPOUT. */
+ * STAGES (of dO), FA_WINDOW, FA_DROPOUT, and the macros of backward_mask_sm90.cuh. */
 #include "backward_sm90.cuh"
 
 constexpr int CONSUMERS = 2; /* warpgroups that compute */
@@ -42,10 +42,12 @@ struct Shared {
     unsigned char V[VTile::BYTES];
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
-    unsigned char dS[STile::BYTES];
+    unsigned char dS[1][STile::BYTES];
     float dQ[4 * CONSUMERS][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
+    unsigned char mask[MASK_BYTES];
     float4 stats[Q_BUFFERS][BLOCK_M / 2];          /* row_stats of two queries; come with Q */
     mbarrier K_full, V_full;
+    mbarrier mask_full[1], mask_empty[1];
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
     mbarrier dS_full[1], dS_empty[1];
@@ -107,7 +109,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
     const int warp = uniform(threadIdx.x / 32) % 4, warp_row = KEYS * w + 16 * warp;
     const KTile K{shared_address(shared.K)}, own_K = K.from_row(KEYS * w);
     const VTile V{shared_address(shared.V)}, own_V = V.from_row(KEYS * w);
-    const STile dS_tile{shared_address(shared.dS)};
+    const STile dS_tile{shared_address(shared.dS[0])};
     const auto Q = [&](unsigned n) { return QTile{shared_address(shared.Q[n % Q_BUFFERS])}; };
     const auto dO = [&](unsigned n) { return OTile{shared_address(shared.dO[n % STAGES])}; };
     /* Of dQ. Where there are no columns for the second warpgroup, its part is not used. */
@@ -168,7 +170,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         multiply_rows<DEPTH>(S, own_K, Q(0));
         wgmma_wait<0>();
         pin(S);
-        exponentiate(p, S, shared.stats[0], dropout, tile.i, work.first_key + warp_row);
+        exponentiate(p, S, shared, 0, dropout, work, tile, warp_row);
         round_scores(P, S);
         mbarrier_wait(&shared.V_full, 0);
         multiply_dO();
@@ -182,8 +184,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
             wgmma_wait<2>(); /* S */
             pin(S);
             dropout.head = work.b * p.heads_q + next.h;
-            exponentiate(p, S, shared.stats[(n + 1) % Q_BUFFERS], dropout, next.i,
-                         work.first_key + warp_row);
+            exponentiate(p, S, shared, n + 1, dropout, work, next, warp_row);
             wgmma_wait<1>(); /* dK */
             pin(S);
             release(&shared.Q_empty[n % Q_BUFFERS]);
@@ -217,15 +218,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared &shared = *(Shared *)shared_memory;
     const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
-        prepare_to_bring(maps, shared, 4 * CONSUMERS);
+        prepare_to_bring(maps, shared, 4 * CONSUMERS, 4 * CONSUMERS);
         mbarrier_init(&shared.dS_full[0], 4 * CONSUMERS);
-        mbarrier_init(&shared.dS_empty[0], 4 * CONSUMERS);
+        mbarrier_init(&shared.dS_empty[0], 4 * CONSUMERS + TAKERS);
         mbarrier_init_fence();
     }
     __syncthreads();
 
     const Work work(p);
     const QueryTiles queries(p, work.h, work.first_key);
+    if (FA_MASK_GRAD >= 3 && FA_WINDOW)
+        clear_hidden(p, queries, work.b, work.h, work.first_key);
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "accumulators.cuh"
+#include "backward_mask_sm90.cuh"
 #include "panels.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/stmatrix.cuh"
@@ -27,10 +28,11 @@ using QTile = Panels<BLOCK_M, HEAD_DIM>;
 using OTile = Panels<BLOCK_M, HEAD_DIM_V>;
 using STile = Panels<BLOCK_M, BLOCK_N>; /* dS: queries x keys */
 
-/* Boxes of 64 columns; BLOCK_M rows of q and dout, BLOCK_N of k and v, 64 of dk and dv. Heads and
- * batch entries that are broadcast, with a stride of 0, are there once. */
+/* Boxes of 64 columns; BLOCK_M rows of q, dout and dmask, BLOCK_N of k and v, 64 of dk and dv; see
+ * MaskTile for mask. Heads and batch entries that are broadcast, with a stride of 0, are there
+ * once. */
 struct Maps {
-    tensor_map q, k, v, dout, dk, dv;
+    tensor_map q, k, v, dout, dk, dv, mask, dmask;
 };
 
 /* The block's keys. */
@@ -46,10 +48,10 @@ struct Work {
 /* --- what moves data: one thread of a warp. Shared is all of the kernel's shared memory. --- */
 
 /* Heads and batch entries as a tensor map counts them. */
-static __device__ __forceinline__ int head(const fa_kernel_tensor &t, int h) {
+template <class Tensor> static __device__ __forceinline__ int head(const Tensor &t, int h) {
     return t.stride_head ? h : 0;
 }
-static __device__ __forceinline__ int entry(const fa_kernel_tensor &t, int b) {
+template <class Tensor> static __device__ __forceinline__ int entry(const Tensor &t, int b) {
     return t.stride_batch ? b : 0;
 }
 
@@ -70,6 +72,12 @@ static __device__ __forceinline__ void bring_K_and_Q(const fa_kernel_params &p, 
         mbarrier_arrive_expect(full, sizeof shared.stats[buffer]);
         bulk_load(shared_address(shared.stats[buffer]), row_stats(p, work.b, tile.h, tile.i),
                   sizeof shared.stats[buffer], full);
+        if (HAS_MASK_TILE) {
+            wait_empty(shared.mask_empty, n);
+            MaskTile{shared_address(shared.mask)}.load(&maps.mask, &shared.mask_full[0], tile.i,
+                                                       work.first_key, head(p.mask, tile.h),
+                                                       entry(p.mask, work.b));
+        }
     }
 }
 
@@ -89,10 +97,11 @@ static __device__ __forceinline__ void bring_V_and_dO(const fa_kernel_params &p,
     }
 }
 
-/* By one thread, first of all: the barriers of what is brought, to be used by so many warps. */
+/* By one thread, first of all: the barriers of what is brought, to be used by so many warps, and
+ * the mask by so many. */
 template <class Shared>
 static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared &shared,
-                                                        int warps) {
+                                                        int warps, int mask_warps) {
     tma_prefetch_map(&maps.k);
     tma_prefetch_map(&maps.q);
     tma_prefetch_map(&maps.v);
@@ -107,6 +116,8 @@ static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared
         mbarrier_init(&shared.dO_full[i], 1);
         mbarrier_init(&shared.dO_empty[i], warps);
     }
+    mbarrier_init(&shared.mask_full[0], 1);
+    mbarrier_init(&shared.mask_empty[0], mask_warps);
 }
 
 /* By the warps of the first warpgroup. */
@@ -114,6 +125,8 @@ template <class Shared>
 static __device__ __forceinline__ void bring(const fa_kernel_params &p, const Maps &maps,
                                              Shared &shared, const Work &work,
                                              const QueryTiles &queries, int warp) {
+    if (FA_MASK_GRAD && warp >= FIRST_TAKER)
+        take_mask_gradient<STile>(p, maps, shared, work, queries, warp - FIRST_TAKER);
     if (threadIdx.x % 32 != 0)
         return;
     if (warp == 0)
@@ -162,20 +175,37 @@ static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STil
     wgmma_commit();
 }
 
-/* S becomes P = exp(S - lse), with its sign changed where dropout drops it. */
+/* S of the n-th tile becomes P = exp(S - lse), with its sign changed where dropout drops it. The
+ * warp's keys are those from row warp_row of the block's on. */
+template <class Shared>
 static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, Scores &S,
-                                                    const float4 *stats, const Dropout &dropout,
-                                                    int query, int warp_key) {
+                                                    Shared &shared, unsigned n,
+                                                    const Dropout &dropout, const Work &work,
+                                                    QueryTile tile, int warp_row) {
+    const int query = tile.i, warp_key = work.first_key + warp_row;
+    const float4 *stats = shared.stats[n % Q_BUFFERS];
+    if (HAS_MASK_TILE)
+        wait_full(shared.mask_full, n);
+    const WarpMask mask(p, {shared_address(shared.mask)}, work.b, tile.h, query, work.first_key,
+                        warp_row);
     const int lane = lane_anew(), g = lane / 4, t = lane % 4;
+    mask_elem value[8];
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++) {
         const float4 pair = stats[4 * m + t];
+        if (FA_MASK && m % 2 == 0)
+            mask.get(value, m);
 #pragma unroll
         for (int x = 0; x < 4; x++) {
             const float lse = x % 2 ? pair.z : pair.x;
-            S[m][x] = exp2_approx(min_nan(fmaf(S[m][x], p.scale_log2e, -lse), 0));
+            float score = fmaf(S[m][x], p.scale_log2e, -lse);
+            if (FA_MASK)
+                score = add_mask(score, value[m % 2 * 4 + x]);
+            S[m][x] = exp2_approx(min_nan(score, 0));
         }
     }
+    if (HAS_MASK_TILE)
+        release(&shared.mask_empty[0]);
     if (FA_DROPOUT) {
 #pragma unroll /* from the last on: the other way round, it does not quite fit into registers */
         for (int m = QUERY_TILES - 2; m >= 0; m -= 2) {

@@ -32,8 +32,10 @@ struct Shared {
     unsigned char dO[STAGES][OTile::BYTES];
     unsigned char dS[DS_BUFFERS][STile::BYTES];
     uint4 P[QUERY_TILES / 2][128];        /* as the threads of the first warpgroup hold it */
+    unsigned char mask[MASK_BYTES];
     float4 stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats of two queries; come with Q */
     mbarrier K_full, V_full;
+    mbarrier mask_full[1], mask_empty[1];
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
     mbarrier dS_full[DS_BUFFERS], dS_empty[DS_BUFFERS];
@@ -108,8 +110,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         pin(S);
         if (HAS_P) {
             dropout.head = work.b * p.heads_q + tile.h;
-            exponentiate(p, S, shared.stats[n % Q_BUFFERS], dropout, tile.i,
-                         work.first_key + 16 * warp);
+            exponentiate(p, S, shared, n, dropout, work, tile, 16 * warp);
             release(&shared.Q_empty[n % Q_BUFFERS]);
             round_scores(A, S);
             wait_empty(shared.P_empty, n);
@@ -194,10 +195,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared &shared = *(Shared *)shared_memory;
     const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
-        prepare_to_bring(maps, shared, 8);
+        prepare_to_bring(maps, shared, 8, 4);
         for (int i = 0; i < DS_BUFFERS; i++) {
             mbarrier_init(&shared.dS_full[i], 4);
-            mbarrier_init(&shared.dS_empty[i], 8);
+            mbarrier_init(&shared.dS_empty[i], 8 + TAKERS);
         }
         mbarrier_init(&shared.P_full[0], 4);
         mbarrier_init(&shared.P_empty[0], 4);
@@ -207,6 +208,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const Work work(p);
     const QueryTiles queries(p, work.h, work.first_key);
+    if (FA_MASK_GRAD >= 3 && FA_WINDOW)
+        clear_hidden(p, queries, work.b, work.h, work.first_key);
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);
