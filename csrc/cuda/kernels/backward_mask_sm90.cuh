@@ -86,6 +86,34 @@ struct WarpMask {
 /* The warps that take the gradient away, and their first. */
 constexpr int TAKERS = FA_MASK_GRAD ? 2 : 0, FIRST_TAKER = 2;
 
+/* The gradient from a tile of dS: keys from j, queries from i on. What a thread is to do is found
+ * out anew for each tile, for it has few registers. */
+template <class STile>
+static __device__ __forceinline__ void put_mask_gradient(STile dS, const fa_kernel_params &p, int b,
+                                                         int h, int i, int j) {
+    constexpr int LANES = BLOCK_N / 4, STEP = TAKERS * 32 / LANES; /* of 4 keys; rows at once */
+    constexpr int AHEAD = FA_MASK_GRAD == 1 ? 1 : 2;               /* loads on the way at a time */
+    const unsigned thread = thread_index() - 32 * FIRST_TAKER, col = thread % LANES * 4;
+    const bool aligned = is_aligned(p.dmask, 4, sizeof(mask_grad_elem));
+    const int cols = p.seq_k - j - (int)col;
+    mask_grad_elem *to = mask_grad_at(p, b, h, i + thread / LANES, j + col);
+    const unsigned rows = min(BLOCK_M, p.seq_q - i);
+#pragma unroll 1
+    for (unsigned row = thread / LANES; row < rows; row += AHEAD * STEP) {
+        unsigned pair[AHEAD][2];
+#pragma unroll
+        for (int x = 0; x < AHEAD; x++)
+            load_shared_2(pair[x][0], pair[x][1],
+                          dS.chunk(row + x * STEP, col / 8 * 8) + col % 8 * 2);
+#pragma unroll
+        for (int x = 0; x < AHEAD; x++) {
+            if (row + x * STEP < rows)
+                put_gradient_of_mask(p, to, cols, aligned, pair[x]);
+            to += STEP * p.dmask.stride_row;
+        }
+    }
+}
+
 /* From dS in shared memory, tile by tile. */
 template <class STile, class Maps, class Shared, class Work>
 static __device__ __forceinline__ void take_mask_gradient(const fa_kernel_params &p,
@@ -93,31 +121,18 @@ static __device__ __forceinline__ void take_mask_gradient(const fa_kernel_params
                                                           const Work &work,
                                                           const QueryTiles &queries, int taker) {
     constexpr int BUFFERS = sizeof shared.dS / STile::BYTES;
-    constexpr int LANES = BLOCK_N / 4, ROWS_AT_ONCE = TAKERS * 32 / LANES; /* of 4 keys */
-    const int thread = 32 * taker + threadIdx.x % 32, col = thread % LANES * 4;
-    const bool aligned = is_aligned(p.dmask, 4, sizeof(mask_grad_elem));
     QueryTile tile = queries.first();
     for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
         const STile dS{shared_address(shared.dS[n % BUFFERS])};
         wait_full(shared.dS_full, n);
-        if (FA_MASK_GRAD == 4) {
-            if (threadIdx.x % 32 == 0) {
-                for (int i = taker; i < STile::COUNT; i += TAKERS)
-                    tma_store(&maps.dmask, dS.address + i * STile::PANEL_BYTES,
-                              work.first_key + 64 * i, tile.i, tile.h, work.b);
-                tma_store_commit();
-                tma_store_wait_read();
-            }
-        } else {
-            const int rows = min(BLOCK_M, p.seq_q - tile.i), key = work.first_key + col;
-            int row = thread / LANES;
-            mask_grad_elem *to = mask_grad_at(p, work.b, tile.h, tile.i + row, key);
-#pragma unroll 1 /* registers are few */
-            for (; row < rows; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * p.dmask.stride_row) {
-                unsigned pair[2];
-                load_shared_2(pair[0], pair[1], dS.chunk(row, col / 8 * 8) + col % 8 * 2);
-                put_gradient_of_mask(p, to, p.seq_k - key, aligned, pair);
-            }
+        if (FA_MASK_GRAD != 4) {
+            put_mask_gradient(dS, p, work.b, tile.h, tile.i, work.first_key);
+        } else if (threadIdx.x % 32 == 0) {
+            for (int panel = taker; panel < STile::COUNT; panel += TAKERS)
+                tma_store(&maps.dmask, dS.address + panel * STile::PANEL_BYTES,
+                          work.first_key + 64 * panel, tile.i, tile.h, work.b);
+            tma_store_commit();
+            tma_store_wait_read();
         }
         release(&shared.dS_empty[n % BUFFERS]);
     }
