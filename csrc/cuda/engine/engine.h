@@ -164,8 +164,8 @@ CUresult fa_cuda_encode_tensor(CUtensorMap *map, const struct fa_params *p,
 int fa_cuda_panels_bytes(int rows, int cols);
 
 /* The mask of a call: the size of an element of what a variant's `mask` says; a tile of so many
- * rows (kernels/mask_tile.cuh); whether what has an element for each score, or a gradient of it, can
- * be mapped, given its strides from the columns up; its map. */
+ * rows (kernels/mask_tile.cuh); whether what has an element for each score, or a gradient of it,
+ * can be mapped, given its strides from the columns up; its map. */
 int fa_cuda_mask_elem_bytes(int mask);
 int fa_cuda_mask_bytes(const struct fa_cuda_variant *v, int rows);
 int fa_cuda_scores_can_be_mapped(const void *data, const int64_t stride[4], int elem_bytes);

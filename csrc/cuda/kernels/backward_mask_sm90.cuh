@@ -50,8 +50,8 @@ struct WarpMask {
         } else if (FA_MASK) {
             const int i = query + 2 * t, j = first_key + warp_row + g;
             queries = p.seq_q - i, keys = p.seq_k - j;
-            memory = (const mask_elem *)p.mask.data + mask_row(p.mask, b, h, i) +
-                     j * p.mask.stride_col;
+            memory =
+                (const mask_elem *)p.mask.data + mask_row(p.mask, b, h, i) + j * p.mask.stride_col;
 #pragma unroll
             for (int r = 0; r < 2; r++)
                 of_key[r] = FA_MASK_TILES == 2 ? load(0, 8 * r) : 0;
@@ -116,10 +116,9 @@ static __device__ __forceinline__ void put_mask_gradient(STile dS, const fa_kern
 
 /* From dS in shared memory, tile by tile. */
 template <class STile, class Maps, class Shared, class Work>
-static __device__ __forceinline__ void take_mask_gradient(const fa_kernel_params &p,
-                                                          const Maps &maps, Shared &shared,
-                                                          const Work &work,
-                                                          const QueryTiles &queries, int taker) {
+static __device__ __forceinline__ void
+take_mask_gradient(const fa_kernel_params &p, const Maps &maps, Shared &shared, const Work &work,
+                   const QueryTiles &queries, int taker) {
     constexpr int BUFFERS = sizeof shared.dS / STile::BYTES;
     QueryTile tile = queries.first();
     for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {

@@ -45,7 +45,7 @@ struct Shared {
     unsigned char dS[1][STile::BYTES];
     float dQ[4 * CONSUMERS][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
     unsigned char mask[MASK_BYTES];
-    float4 stats[Q_BUFFERS][BLOCK_M / 2];          /* row_stats of two queries; come with Q */
+    float4 stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats of two queries; come with Q */
     mbarrier K_full, V_full;
     mbarrier mask_full[1], mask_empty[1];
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];

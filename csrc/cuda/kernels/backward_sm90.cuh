@@ -100,8 +100,8 @@ static __device__ __forceinline__ void bring_V_and_dO(const fa_kernel_params &p,
 /* By one thread, first of all: the barriers of what is brought, to be used by so many warps, and
  * the mask by so many. */
 template <class Shared>
-static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared &shared,
-                                                        int warps, int mask_warps) {
+static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared &shared, int warps,
+                                                        int mask_warps) {
     tma_prefetch_map(&maps.k);
     tma_prefetch_map(&maps.q);
     tma_prefetch_map(&maps.v);
@@ -178,10 +178,9 @@ static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STil
 /* S of the n-th tile becomes P = exp(S - lse), with its sign changed where dropout drops it. The
  * warp's keys are those from row warp_row of the block's on. */
 template <class Shared>
-static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, Scores &S,
-                                                    Shared &shared, unsigned n,
-                                                    const Dropout &dropout, const Work &work,
-                                                    QueryTile tile, int warp_row) {
+static __device__ __forceinline__ void
+exponentiate(const fa_kernel_params &p, Scores &S, Shared &shared, unsigned n,
+             const Dropout &dropout, const Work &work, QueryTile tile, int warp_row) {
     const int query = tile.i, warp_key = work.first_key + warp_row;
     const float4 *stats = shared.stats[n % Q_BUFFERS];
     if (HAS_MASK_TILE)

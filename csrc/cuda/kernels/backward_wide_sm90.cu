@@ -31,7 +31,7 @@ struct Shared {
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
     unsigned char dS[DS_BUFFERS][STile::BYTES];
-    uint4 P[QUERY_TILES / 2][128];        /* as the threads of the first warpgroup hold it */
+    uint4 P[QUERY_TILES / 2][128]; /* as the threads of the first warpgroup hold it */
     unsigned char mask[MASK_BYTES];
     float4 stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats of two queries; come with Q */
     mbarrier K_full, V_full;
