@@ -120,16 +120,18 @@ static __device__ __forceinline__ void
 take_mask_gradient(const fa_kernel_params &p, const Maps &maps, Shared &shared, const Work &work,
                    const QueryTiles &queries, int taker) {
     constexpr int BUFFERS = sizeof shared.dS / STile::BYTES;
+    static_assert(STile::COUNT <= 2, "each warp stores a panel");
     QueryTile tile = queries.first();
+#pragma unroll 1
     for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
         const STile dS{shared_address(shared.dS[n % BUFFERS])};
         wait_full(shared.dS_full, n);
         if (FA_MASK_GRAD != 4) {
             put_mask_gradient(dS, p, work.b, tile.h, tile.i, work.first_key);
         } else if (threadIdx.x % 32 == 0) {
-            for (int panel = taker; panel < STile::COUNT; panel += TAKERS)
-                tma_store(&maps.dmask, dS.address + panel * STile::PANEL_BYTES,
-                          work.first_key + 64 * panel, tile.i, tile.h, work.b);
+            if (taker < STile::COUNT)
+                tma_store(&maps.dmask, dS.address + taker * STile::PANEL_BYTES,
+                          work.first_key + 64 * taker, tile.i, tile.h, work.b);
             tma_store_commit();
             tma_store_wait_read();
         }

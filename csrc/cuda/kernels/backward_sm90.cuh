@@ -18,6 +18,7 @@
 constexpr int KEYS = 64; /* of a warpgroup */
 constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16, DEPTH_V = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int QUERY_TILES = BLOCK_M / 8;
+constexpr int FAR = 1 << 30; /* farther than any query */
 static_assert(FA_STATS_ROWS % BLOCK_M == 0, "row_stats are there for whole tiles");
 
 constexpr int DQ_COLS = DEPTH < 64 ? DEPTH : 64; /* of a product, at most */
@@ -188,41 +189,46 @@ exponentiate(const fa_kernel_params &p, Scores &S, Shared &shared, unsigned n,
     const WarpMask mask(p, {shared_address(shared.mask)}, work.b, tile.h, query, work.first_key,
                         warp_row);
     const int lane = lane_anew(), g = lane / 4, t = lane % 4;
-    mask_elem value[8];
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++) {
-        const float4 pair = stats[4 * m + t];
-        if (FA_MASK && m % 2 == 0)
+    for (int m = QUERY_TILES - 2; m >= 0; m -= 2) {
+        mask_elem value[8];
+        unsigned word[4];
+        if (FA_MASK)
             mask.get(value, m);
+        if (FA_DROPOUT)
+            dropout.draw_transposed(word, query + 8 * m, warp_key, g, t);
 #pragma unroll
-        for (int x = 0; x < 4; x++) {
+        for (int x = 0; x < 8; x++) {
+            const float4 pair = stats[4 * (m + x / 4) + t];
             const float lse = x % 2 ? pair.z : pair.x;
-            float score = fmaf(S[m][x], p.scale_log2e, -lse);
+            float &P = S[m + x / 4][x % 4];
+            P = fmaf(P, p.scale_log2e, -lse);
             if (FA_MASK)
-                score = add_mask(score, value[m % 2 * 4 + x]);
-            S[m][x] = exp2_approx(min_nan(score, 0));
+                P = add_mask(P, value[x]);
+            P = exp2_approx(min_nan(P, 0));
+            if (FA_DROPOUT && !dropout.keeps(word, x % 2 * 4 + x / 4 * 2 + x % 4 / 2))
+                P = -P;
         }
     }
     if (HAS_MASK_TILE)
         release(&shared.mask_empty[0]);
-    if (FA_DROPOUT) {
-#pragma unroll /* from the last on: the other way round, it does not quite fit into registers */
-        for (int m = QUERY_TILES - 2; m >= 0; m -= 2) {
-            unsigned word[4];
-            dropout.draw_transposed(word, query + 8 * m, warp_key, g, t);
-#pragma unroll
-            for (int x = 0; x < 8; x++)
-                if (!dropout.keeps(word, x % 2 * 4 + x / 4 * 2 + x % 4 / 2))
-                    S[m + x / 4][x % 4] = -S[m + x / 4][x % 4];
-        }
-    }
     if (is_cut(p, query, BLOCK_M, warp_key, 16)) {
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++)
+        for (int r = 0; r < 2; r++) {
+            /* The first query that sees the key, and the first after it that does not, counted from
+             * the thread's first. So it takes fewer registers than is_visible. */
+            const int key = warp_key + g + 8 * r, from = query + 2 * t;
+            const int begin = FA_WINDOW ? key - p.window_end + 1 - from : -FAR;
+            const int end = key >= p.seq_k ? -FAR
+                            : FA_WINDOW    ? key - p.window_begin + 1 - from
+                                           : FAR;
 #pragma unroll
-            for (int x = 0; x < 4; x++)
-                if (!is_visible(p, query + 8 * m + 2 * t + x % 2, warp_key + g + x / 2 * 8))
-                    S[m][x] = 0;
+            for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+                for (int x = 0; x < 2; x++)
+                    if (8 * m + x < begin || 8 * m + x >= end)
+                        S[m][2 * r + x] = 0;
+        }
     }
 }
 
@@ -266,11 +272,10 @@ static __device__ __forceinline__ void round_scores(Operand &A, const Scores &C)
 /* What a warp has of dS^T, 16 keys, to shared memory. */
 static __device__ __forceinline__ void put_dS(STile tile, int warp_key, const Operand &dS) {
     const int lane = lane_anew();
+    const unsigned first = tile.chunk(lane / 16 * 8 + lane % 8, warp_key + lane / 8 % 2 * 8);
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++)
-        stmatrix_x4_trans(
-            tile.chunk(16 * m + lane / 16 * 8 + lane % 8, warp_key + lane / 8 % 2 * 8), dS[m][0],
-            dS[m][1], dS[m][2], dS[m][3]);
+        stmatrix_x4_trans(first + 16 * m * 128, dS[m][0], dS[m][1], dS[m][2], dS[m][3]);
 }
 
 /* dK or dV of a warp to shared memory, into its 16 rows of a tile of 64. */
