@@ -52,6 +52,9 @@ const char *fa_cuda_not_backward_sm90(const struct fa_params *p, int arch) {
         return "backward_sm90.cu wants queries and keys";
     if (find_tile(p)->kernel == FA_CUDA_BACKWARD_WIDE_SM90 && p->head_dim <= 64)
         return "backward_wide_sm90.cu wants a head size of queries and keys above 64";
+    /* The sum over all keys is 0: it would be made of roundings, and there P is rounded, too. */
+    if (p->dmask.data && !p->dmask.stride_col && p->seq_k > 1 && !p->deterministic)
+        return "backward_sm90.cu does not add up the gradient of a mask over the keys";
     if (!fa_cuda_is_aligned(p))
         return "backward_sm90.cu wants rows that start at multiples of 16 bytes";
     if (!fa_cuda_can_be_mapped(&p->q, p->seq_q) || !fa_cuda_can_be_mapped(&p->dout, p->seq_q) ||
