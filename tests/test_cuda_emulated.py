@@ -78,7 +78,8 @@ def test_forward_of_hopper(features, sizes, seed):
 
 
 # Likewise of backward_sm90.c: each tile, head sizes that leave panels empty, more tiles of queries
-# than buffers, blocks that see none.
+# than buffers, blocks that see none; masks in tiles, of all queries at once and element by element
+# (odd rows), each with its gradient: by the copy engine, by threads, added up.
 @pytest.mark.parametrize(
     "features,sizes",
     [
@@ -90,6 +91,17 @@ def test_forward_of_hopper(features, sizes, seed):
         ("causal+grouped", {"seq_q": 300, "seq_k": 200, "head_dim": 256}),
         ("dropout", {"seq_q": 70, "seq_k": 200, "head_dim": 256}),
         ("window", {"seq_q": 200, "seq_k": 300, "head_dim": 160}),
+        ("bias+window", {"seq_q": 300, "seq_k": 200, "head_dim": 64}),
+        ("bias+dropout", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
+        ("bias+causal", {"seq_q": 200, "seq_k": 136, "head_dim": 192}),
+        ("bias+window", {"seq_q": 200, "seq_k": 301, "head_dim": 128}),
+        ("fp32_bias+grouped", {"seq_q": 200, "seq_k": 132, "head_dim": 64}),
+        ("fp32_bias", {"seq_q": 130, "seq_k": 131, "head_dim": 128}),
+        ("query_bias", {"seq_q": 130, "seq_k": 200, "head_dim": 256}),
+        ("head_bias+causal", {"seq_q": 200, "seq_k": 201, "head_dim": 64}),
+        ("bool_mask+dropout", {"seq_q": 130, "seq_k": 208, "head_dim": 64}),
+        ("bool_mask", {"seq_q": 130, "seq_k": 209, "head_dim": 128}),
+        ("key_mask", {"seq_q": 300, "seq_k": 130, "head_dim": 128}),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
 )

@@ -197,20 +197,6 @@ static __device__ __forceinline__ void put_gradient(const T &tile, int first_row
         }
 }
 
-/* The gradient of the mask in the tiles that the block does not look at. */
-static __device__ __forceinline__ void
-clear_hidden(const fa_kernel_params &p, const QueryTiles &queries, int b, int hk, int first_key) {
-    const int group = p.heads_q / p.heads_k;
-    const bool any = queries.begin < queries.end;
-    const int above = any ? queries.begin : p.seq_q;
-    const int below = (queries.end + BLOCK_M - 1) / BLOCK_M * BLOCK_M;
-    for (int h = hk * group; h < (hk + 1) * group; h++) {
-        clear_mask_gradient(p, b, h, 0, min(above, p.seq_q), first_key, BLOCK_N);
-        if (any)
-            clear_mask_gradient(p, b, h, below, p.seq_q, first_key, BLOCK_N);
-    }
-}
-
 /* Begins to copy a tile of queries to a stage in shared memory. */
 static __device__ __forceinline__ void load_queries(unsigned stage, const fa_kernel_params &p,
                                                     int b, QueryTile tile) {

@@ -18,7 +18,7 @@
  * where a warp of its own adds it to the sum in global memory.
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, Q_BUFFERS,
- * STAGES (of dO), FA_WINDOW, FA_DROPOUT. */
+ * STAGES (of dO), FA_WINDOW, FA_DROPOUT, and the macros of backward_mask_sm90.cuh. */
 #include "backward_sm90.cuh"
 
 constexpr int CONSUMERS = 2; /* warpgroups that compute */
@@ -32,6 +32,11 @@ constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr bool DQ_BY_ROWS = BLOCK_M == 128;
 static_assert(DEPTH <= (DQ_BY_ROWS ? 64 : 128), "all of dQ is computed");
 
+/* One where a float mask takes the place of the other. */
+constexpr int DS_BUFFERS = MASK_BYTES > 32 << 10 ? 1 : 2;
+
+static_assert(Q_BUFFERS > 1, "S of the next tile is asked for before this Q is done with");
+
 constexpr int AHEAD = QUERY_TILES < 8 ? QUERY_TILES : 8;
 
 /* Named barriers. */
@@ -43,13 +48,15 @@ struct Shared {
     unsigned char V[VTile::BYTES];
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
-    unsigned char dS[2][STile::BYTES];
+    unsigned char dS[DS_BUFFERS][STile::BYTES];
     float dQ[CONSUMERS][4][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
-    PairStats stats[Q_BUFFERS][BLOCK_M / 2];      /* row_stats; come with Q */
+    unsigned char mask[MASK_BYTES];
+    PairStats stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats; come with Q */
     mbarrier K_full, V_full;
+    mbarrier mask_full[1], mask_empty[1];
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
-    mbarrier dS_full[2], dS_empty[2];
+    mbarrier dS_full[DS_BUFFERS], dS_empty[DS_BUFFERS];
     mbarrier dQ_full[CONSUMERS][1], dQ_empty[CONSUMERS][1];
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -64,24 +71,37 @@ struct DQPart {
           bytes(min(DQ_COLS, DEPTH - col) / 8 * DQ_TILE * (int)sizeof(float)) {}
 };
 
-/* --- what adds dQ of a warpgroup to the sum in global memory: a thread for each of its warps ---
- */
+/* --- what takes away what warpgroup w computes: a warp --- */
 
+/* Adds the n-th dQ to the sum in global memory: a thread for each warp of the warpgroup. */
 static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, Shared &shared,
-                                              const Work &work, const QueryTiles &queries, int w,
+                                              const Work &work, QueryTile tile, unsigned n, int w,
                                               int warp) {
     const DQPart part(w);
+    const int query = tile.i + part.row + 16 * warp;
+    wait_full(shared.dQ_full[w], n);
+    if (query < p.seq_q && part.bytes > 0)
+        bulk_add(dq_sum_tile(p, work.b, tile.h, query, part.col),
+                 shared_address(shared.dQ[w][warp]), part.bytes);
+    tma_store_commit();
+    tma_store_wait_read();
+    mbarrier_arrive(&shared.dQ_empty[w][0]);
+}
+
+/* Both gradients that are made of dS in shared memory: of the mask, and dQ. */
+static __device__ __forceinline__ void take(const fa_kernel_params &p, const Maps &maps,
+                                            Shared &shared, const Work &work,
+                                            const QueryTiles &queries, int w) {
+    const bool adds = p.dq_sum && threadIdx.x % 32 < 4;
+    if (!FA_MASK_GRAD && !adds)
+        return;
     QueryTile tile = queries.first();
+#pragma unroll 1
     for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
-        const int query = tile.i + part.row + 16 * warp;
-        wait_full(shared.dQ_full[w], n);
-        fence_proxy_async();
-        if (query < p.seq_q && part.bytes > 0)
-            bulk_add(dq_sum_tile(p, work.b, tile.h, query, part.col),
-                     shared_address(shared.dQ[w][warp]), part.bytes);
-        tma_store_commit();
-        tma_store_wait_read();
-        mbarrier_arrive(&shared.dQ_empty[w][0]);
+        if (FA_MASK_GRAD)
+            take_mask_gradient<STile>(p, maps, shared, work, tile, n, w);
+        if (adds)
+            add_dQ(p, shared, work, tile, n, w, threadIdx.x % 32);
     }
 }
 
@@ -95,6 +115,7 @@ static __device__ __forceinline__ void put_dQ(Shared &shared, const Gradient<DQ_
     for (int d = 0; d < DQ_COLS / 8; d++)
         *(float4 *)&shared.dQ[w][warp][d][4 * lane] =
             make_float4(dQ[d][0], dQ[d][1], dQ[d][2], dQ[d][3]);
+    fence_proxy_async();
     release(&shared.dQ_full[w][0]);
 }
 
@@ -129,7 +150,9 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
     const unsigned lane = lane_anew();
     const KTile K{shared_address(shared.K)}, own_K = K.from_row(KEYS * w);
     const VTile V{shared_address(shared.V)}, own_V = V.from_row(KEYS * w);
-    const auto dS_tile = [&](unsigned n) { return STile{shared_address(shared.dS[n % 2])}; };
+    const auto dS_tile = [&](unsigned n) {
+        return STile{shared_address(shared.dS[n % DS_BUFFERS])};
+    };
     const auto Q = [&](unsigned n) { return QTile{shared_address(shared.Q[n % Q_BUFFERS])}; };
     const auto dO = [&](unsigned n) { return OTile{shared_address(shared.dO[n % STAGES])}; };
     const DQPart part(w);
@@ -162,7 +185,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
             pin(S);
             load_lse<AHEAD, QUERY_TILES>(lse, shared.stats[n % Q_BUFFERS], lane);
             dropout.head = work.b * p.heads_q + tile.h;
-            exponentiate(p, S, lse, dropout, tile.i, work.first_key + warp_row, lane);
+            exponentiate(p, S, lse, shared, n, dropout, work, tile, warp_row, lane);
             round_P(P, S);
             load_delta(delta, shared.stats[n % Q_BUFFERS], lane);
             wgmma_wait<0>(); /* dP */
@@ -170,20 +193,20 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
             differentiate(p, dS, dP, P, delta);
             wait_empty(shared.dS_empty, n);
             put_dS(dS_tile(n), warp_row, dS, lane_anew());
-            release(&shared.dS_full[n % 2]);
+            fence_proxy_async();
+            release(&shared.dS_full[n % DS_BUFFERS]);
             if (FA_DROPOUT)
                 keep(P);
             wgmma_fence();
             multiply_queries<DEPTH_V>(dV, P, dO(n));
             wait_full(shared.dS_full, n);
-            fence_proxy_async();
-            multiply_keys(dQ, dS_tile(n).from_panel_of(part.row), dq_K);
+            multiply_keys(dQ, dS_tile(n).from_row(part.row), dq_K);
             multiply_queries<DEPTH>(dK, dS, Q(n));
 
             wgmma_wait<1>(); /* dV, dQ */
             pin(dQ);
             release(&shared.dO_empty[n % STAGES]);
-            release(&shared.dS_empty[n % 2]);
+            release(&shared.dS_empty[n % DS_BUFFERS]);
             if (p.dq_sum)
                 put_dQ(shared, dQ, w, warp, lane_anew(), n);
             if (n + 1 == tiles)
@@ -206,10 +229,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared &shared = *(Shared *)shared_memory;
     const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
-        prepare_to_bring(maps, shared, 4 * CONSUMERS);
-        for (int i = 0; i < 2; i++) {
+        prepare_to_bring(maps, shared, 4 * CONSUMERS, 4 * CONSUMERS);
+        for (int i = 0; i < DS_BUFFERS; i++) {
             mbarrier_init(&shared.dS_full[i], 4 * CONSUMERS);
-            mbarrier_init(&shared.dS_empty[i], 4 * CONSUMERS);
+            mbarrier_init(&shared.dS_empty[i], 4 * CONSUMERS + TAKERS);
         }
         for (int w = 0; w < CONSUMERS; w++) {
             mbarrier_init(&shared.dQ_full[w][0], 4);
@@ -221,11 +244,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const Work work(p);
     const QueryTiles queries(p, work.h, work.first_key);
+    if (FA_MASK_GRAD >= 3 && FA_WINDOW)
+        clear_hidden(p, queries, work.b, work.h, work.first_key);
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);
-        if (warp >= 2 && p.dq_sum && threadIdx.x % 32 < 4)
-            add_dQ(p, shared, work, queries, warp - 2, threadIdx.x % 32);
+        if (warp >= FIRST_TAKER)
+            take(p, maps, shared, work, queries, warp - FIRST_TAKER);
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         compute(p, maps, shared, work, queries, warp / 4 - 1);

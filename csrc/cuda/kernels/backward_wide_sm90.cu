@@ -31,9 +31,11 @@ struct Shared {
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
     unsigned char dS[DS_BUFFERS][STile::BYTES];
-    uint4 P[QUERY_TILES / 2][128];           /* as the threads of the first warpgroup hold it */
+    uint4 P[QUERY_TILES / 2][128]; /* as the threads of the first warpgroup hold it */
+    unsigned char mask[MASK_BYTES];
     PairStats stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats; come with Q */
     mbarrier K_full, V_full;
+    mbarrier mask_full[1], mask_empty[1];
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
     mbarrier dS_full[DS_BUFFERS], dS_empty[DS_BUFFERS];
@@ -112,7 +114,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         pin(S);
         if (HAS_P) {
             dropout.head = work.b * p.heads_q + tile.h;
-            exponentiate(p, S, numbers, dropout, tile.i, work.first_key + 16 * warp, lane);
+            exponentiate(p, S, numbers, shared, n, dropout, work, tile, 16 * warp, lane);
             release(&shared.Q_empty[n % Q_BUFFERS]);
             round_P(A, S);
             wait_empty(shared.P_empty, n);
@@ -197,10 +199,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared &shared = *(Shared *)shared_memory;
     const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
-        prepare_to_bring(maps, shared, 8);
+        prepare_to_bring(maps, shared, 8, 4);
         for (int i = 0; i < DS_BUFFERS; i++) {
             mbarrier_init(&shared.dS_full[i], 4);
-            mbarrier_init(&shared.dS_empty[i], 8);
+            mbarrier_init(&shared.dS_empty[i], 8 + TAKERS);
         }
         mbarrier_init(&shared.P_full[0], 4);
         mbarrier_init(&shared.P_empty[0], 4);
@@ -210,9 +212,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const Work work(p);
     const QueryTiles queries(p, work.h, work.first_key);
+    if (FA_MASK_GRAD >= 3 && FA_WINDOW)
+        clear_hidden(p, queries, work.b, work.h, work.first_key);
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);
+        if (FA_MASK_GRAD && warp >= FIRST_TAKER) {
+            QueryTile tile = queries.first();
+#pragma unroll 1
+            for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++)
+                take_mask_gradient<STile>(p, maps, shared, work, tile, n, warp - FIRST_TAKER);
+        }
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         if (warp < 8)
