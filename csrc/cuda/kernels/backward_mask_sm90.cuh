@@ -92,25 +92,17 @@ template <class STile>
 static __device__ __forceinline__ void put_mask_gradient(STile dS, const fa_kernel_params &p, int b,
                                                          int h, int i, int j) {
     constexpr int LANES = BLOCK_N / 4, STEP = TAKERS * 32 / LANES; /* of 4 keys; rows at once */
-    constexpr int AHEAD = FA_MASK_GRAD == 1 ? 1 : 2;               /* loads on the way at a time */
     const unsigned thread = thread_index() - 32 * FIRST_TAKER, col = thread % LANES * 4;
     const bool aligned = is_aligned(p.dmask, 4, sizeof(mask_grad_elem));
     const int cols = p.seq_k - j - (int)col;
     mask_grad_elem *to = mask_grad_at(p, b, h, i + thread / LANES, j + col);
     const unsigned rows = min(BLOCK_M, p.seq_q - i);
 #pragma unroll 1
-    for (unsigned row = thread / LANES; row < rows; row += AHEAD * STEP) {
-        unsigned pair[AHEAD][2];
-#pragma unroll
-        for (int x = 0; x < AHEAD; x++)
-            load_shared_2(pair[x][0], pair[x][1],
-                          dS.chunk(row + x * STEP, col / 8 * 8) + col % 8 * 2);
-#pragma unroll
-        for (int x = 0; x < AHEAD; x++) {
-            if (row + x * STEP < rows)
-                put_gradient_of_mask(p, to, cols, aligned, pair[x]);
-            to += STEP * p.dmask.stride_row;
-        }
+    for (unsigned row = thread / LANES; row < rows; row += STEP) {
+        unsigned pair[2];
+        load_shared_2(pair[0], pair[1], dS.chunk(row, col / 8 * 8) + col % 8 * 2);
+        put_gradient_of_mask(p, to, cols, aligned, pair);
+        to += STEP * p.dmask.stride_row;
     }
 }
 
@@ -118,7 +110,7 @@ static __device__ __forceinline__ void put_mask_gradient(STile dS, const fa_kern
 template <class STile, class Maps, class Shared, class Work>
 static __device__ __forceinline__ void
 take_mask_gradient(const fa_kernel_params &p, const Maps &maps, Shared &shared, const Work &work,
-                   QueryTile tile, unsigned n, int taker) {
+                   QueryTile tile, unsigned n) {
     constexpr int BUFFERS = sizeof shared.dS / STile::BYTES;
     static_assert(STile::COUNT <= 2, "each warp stores a panel");
     const STile dS{shared_address(shared.dS[n % BUFFERS])};
@@ -126,6 +118,7 @@ take_mask_gradient(const fa_kernel_params &p, const Maps &maps, Shared &shared, 
     if (FA_MASK_GRAD != 4) {
         put_mask_gradient(dS, p, work.b, tile.h, tile.i, work.first_key);
     } else if (threadIdx.x % 32 == 0) {
+        const int taker = thread_index() / 32 - FIRST_TAKER;
         if (taker < STile::COUNT)
             tma_store(&maps.dmask, dS.address + taker * STile::PANEL_BYTES,
                       work.first_key + 64 * taker, tile.i, tile.h, work.b);

@@ -15,7 +15,8 @@
  *
  * What the threads compute between products is hidden behind those of the other warpgroup, and
  * partly behind their own: exponentials run under dP, and under dK dQ goes to shared memory, from
- * where a warp of its own adds it to the sum in global memory.
+ * where a warp of the first warpgroup adds it to the sum in global memory. S of the next tile is
+ * asked for while dK runs. The same two warps take the gradient of a mask from dS.
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, Q_BUFFERS,
  * STAGES (of dO), FA_WINDOW, FA_DROPOUT, and the macros of backward_mask_sm90.cuh. */
@@ -32,11 +33,18 @@ constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr bool DQ_BY_ROWS = BLOCK_M == 128;
 static_assert(DEPTH <= (DQ_BY_ROWS ? 64 : 128), "all of dQ is computed");
 
-/* One where a float mask takes the place of the other. */
+/* One where a tile of a float32 mask takes the place of the other. */
 constexpr int DS_BUFFERS = MASK_BYTES > 32 << 10 ? 1 : 2;
 
 static_assert(Q_BUFFERS > 1, "S of the next tile is asked for before this Q is done with");
 
+/* Where there are no registers for dP during exponentials, it is asked for after them, and dV at
+ * once after it, for dS to run under something; but dropout has a P for dS and another one for dV.
+ */
+constexpr bool LATE_DP = BLOCK_M == 128 && (FA_DROPOUT || FA_MASK);
+constexpr bool EARLY_DV = LATE_DP && !FA_DROPOUT;
+
+/* Of lse, what is loaded before S is waited for. */
 constexpr int AHEAD = QUERY_TILES < 8 ? QUERY_TILES : 8;
 
 /* Named barriers. */
@@ -71,14 +79,22 @@ struct DQPart {
           bytes(min(DQ_COLS, DEPTH - col) / 8 * DQ_TILE * (int)sizeof(float)) {}
 };
 
+static __device__ __forceinline__ QueryTile after(const fa_kernel_params &p, const Work &work,
+                                                  QueryTile tile) {
+    return QueryTiles(p, work.h, work.first_key).after(tile);
+}
+
 /* --- what takes away what warpgroup w computes: a warp --- */
 
-/* Adds the n-th dQ to the sum in global memory: a thread for each warp of the warpgroup. */
+/* Adds the n-th dQ to the sum in global memory: a thread for each warp of the warpgroup. Which
+ * thread that is it finds out anew for each tile, for it has few registers. */
 static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, Shared &shared,
-                                              const Work &work, QueryTile tile, unsigned n, int w,
-                                              int warp) {
+                                              const Work &work, QueryTile tile, unsigned n) {
+    const int w = thread_index() / 32 - FIRST_TAKER, warp = thread_index() % 32;
     const DQPart part(w);
     const int query = tile.i + part.row + 16 * warp;
+    if (!p.dq_sum || warp >= 4)
+        return;
     wait_full(shared.dQ_full[w], n);
     if (query < p.seq_q && part.bytes > 0)
         bulk_add(dq_sum_tile(p, work.b, tile.h, query, part.col),
@@ -91,17 +107,21 @@ static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, Shared 
 /* Both gradients that are made of dS in shared memory: of the mask, and dQ. */
 static __device__ __forceinline__ void take(const fa_kernel_params &p, const Maps &maps,
                                             Shared &shared, const Work &work,
-                                            const QueryTiles &queries, int w) {
-    const bool adds = p.dq_sum && threadIdx.x % 32 < 4;
-    if (!FA_MASK_GRAD && !adds)
+                                            const QueryTiles &queries) {
+    if (!FA_MASK_GRAD && (!p.dq_sum || threadIdx.x % 32 >= 4))
         return;
     QueryTile tile = queries.first();
+    bool more = queries.has(tile);
 #pragma unroll 1
-    for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
-        if (FA_MASK_GRAD)
-            take_mask_gradient<STile>(p, maps, shared, work, tile, n, w);
-        if (adds)
-            add_dQ(p, shared, work, tile, n, w, threadIdx.x % 32);
+    for (unsigned n = 0; more; n++) {
+        if (FA_MASK_GRAD) {
+            take_mask_gradient<STile>(p, maps, shared, anew(work), tile, n);
+            tile = {anew(tile.h), anew(tile.i)}, n = anew(n);
+        }
+        add_dQ(p, shared, anew(work), tile, n);
+        const Work here = FA_MASK_GRAD ? Work(p) : work;
+        const QueryTiles now = FA_MASK_GRAD ? QueryTiles(p, here.h, here.first_key) : queries;
+        tile = now.after(tile), more = now.has(tile);
     }
 }
 
@@ -176,19 +196,24 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         pin(dK);
         pin(dV);
         multiply_rows<DEPTH>(S, own_K, Q(0));
-        for (unsigned n = 0;; tile = queries.after(tile), n++) {
+        for (unsigned n = 0;; tile = after(p, anew(work), tile), n++) {
             wait_full(shared.dO_full, n);
-            multiply_rows<DEPTH_V>(dP, own_V, dO(n));
+            if (!LATE_DP)
+                multiply_rows<DEPTH_V>(dP, own_V, dO(n));
             QueryNumbers lse, delta;
             load_lse<0, AHEAD>(lse, shared.stats[n % Q_BUFFERS], lane);
-            wgmma_wait<1>(); /* S */
+            wgmma_wait<LATE_DP ? 0 : 1>(); /* S */
             pin(S);
             load_lse<AHEAD, QUERY_TILES>(lse, shared.stats[n % Q_BUFFERS], lane);
             dropout.head = work.b * p.heads_q + tile.h;
             exponentiate(p, S, lse, shared, n, dropout, work, tile, warp_row, lane);
             round_P(P, S);
+            if (LATE_DP)
+                multiply_rows<DEPTH_V>(dP, own_V, dO(n));
+            if (EARLY_DV)
+                multiply_queries<DEPTH_V>(dV, P, dO(n));
             load_delta(delta, shared.stats[n % Q_BUFFERS], lane);
-            wgmma_wait<0>(); /* dP */
+            wgmma_wait<EARLY_DV ? 1 : 0>(); /* dP */
             pin(dP);
             differentiate(p, dS, dP, P, delta);
             wait_empty(shared.dS_empty, n);
@@ -198,7 +223,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
             if (FA_DROPOUT)
                 keep(P);
             wgmma_fence();
-            multiply_queries<DEPTH_V>(dV, P, dO(n));
+            if (!EARLY_DV)
+                multiply_queries<DEPTH_V>(dV, P, dO(n));
             wait_full(shared.dS_full, n);
             multiply_keys(dQ, dS_tile(n).from_row(part.row), dq_K);
             multiply_queries<DEPTH>(dK, dS, Q(n));
@@ -250,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);
         if (warp >= FIRST_TAKER)
-            take(p, maps, shared, work, queries, warp - FIRST_TAKER);
+            take(p, maps, shared, work, queries);
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         compute(p, maps, shared, work, queries, warp / 4 - 1);

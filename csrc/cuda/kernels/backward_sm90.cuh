@@ -46,6 +46,17 @@ struct Work {
           b(uniform(blockIdx.x / p.blocks / p.heads_k)) {}
 };
 
+/* x as it is, but the compiler computes nothing from it ahead of this place, and keeps nothing that
+ * it has computed before: for that there are no registers. */
+static __device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+static __device__ __forceinline__ Work anew(Work work) {
+    work.first_key = anew(work.first_key), work.b = anew(work.b);
+    return work;
+}
+
 /* --- what moves data: one thread of a warp. Shared is all of the kernel's shared memory. --- */
 
 /* Heads and batch entries as a tensor map counts them. */
@@ -177,11 +188,14 @@ static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STil
 /* Of the queries whose scores a thread has. */
 using QueryNumbers = float2[QUERY_TILES];
 
+/* With a mask or dropout there are no registers to load lse ahead of its use. */
+constexpr bool LSE_AHEAD = !FA_MASK && !FA_DROPOUT;
+
 template <int BEGIN, int END>
 static __device__ __forceinline__ void load_lse(QueryNumbers &lse, const PairStats *stats,
                                                 unsigned lane) {
 #pragma unroll
-    for (int m = BEGIN; m < END; m++)
+    for (int m = BEGIN; LSE_AHEAD && m < END; m++)
         lse[m] = stats[4 * m + lane % 4].lse;
 }
 static __device__ __forceinline__ void load_delta(QueryNumbers &delta, const PairStats *stats,
@@ -199,6 +213,7 @@ exponentiate(const fa_kernel_params &p, Scores &S, const QueryNumbers &lse, Shar
              unsigned n, const Dropout &dropout, const Work &work, QueryTile tile, int warp_row,
              unsigned lane) {
     const int query = tile.i, warp_key = work.first_key + warp_row, g = lane / 4, t = lane % 4;
+    const PairStats *stats = shared.stats[n % Q_BUFFERS];
     if (HAS_MASK_TILE)
         wait_full(shared.mask_full, n);
     const WarpMask mask(p, {shared_address(shared.mask)}, work.b, tile.h, query, work.first_key,
@@ -213,7 +228,7 @@ exponentiate(const fa_kernel_params &p, Scores &S, const QueryNumbers &lse, Shar
             dropout.draw_transposed(word, query + 8 * m, warp_key, g, t);
 #pragma unroll
         for (int x = 0; x < 8; x++) {
-            const float2 pair = lse[m + x / 4];
+            const float2 pair = LSE_AHEAD ? lse[m + x / 4] : stats[4 * (m + x / 4) + t].lse;
             float &P = S[m + x / 4][x % 4];
             P = fmaf(P, p.scale_log2e, x % 2 ? -pair.y : -pair.x);
             if (FA_MASK)

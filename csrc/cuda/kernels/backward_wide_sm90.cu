@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             QueryTile tile = queries.first();
 #pragma unroll 1
             for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++)
-                take_mask_gradient<STile>(p, maps, shared, work, tile, n, warp - FIRST_TAKER);
+                take_mask_gradient<STile>(p, maps, shared, anew(work), tile, n);
         }
     } else {
         registers_increase<CONSUMER_REGISTERS>();
