@@ -240,6 +240,7 @@ MISTAKES = {
     "hangs": "if (t < 64) mbarrier_wait(full, 0);",
     "wait at __syncthreads": "if (t < 32) __syncthreads(); else mbarrier_wait(full, 0);",
     "while other lanes of the warp are at": "if (t % 2) __syncwarp(); else uniform(t);",
+    "wait for 256 registers": "registers_increase<256>();",
     "of which some lanes have ended": "if (t % 2) { unsigned r[4]; ldmatrix_x4(r, shared); }",
     "while others wait there for 64": "barrier_arrive(1, t < 32 ? 64 : 96);",
     "all the arrivals of this phase": LOAD + LOAD,

@@ -45,6 +45,7 @@ void emu_yield(void); /* by one who looks again and again whether something has 
 /* --- barriers.c --- */
 
 void emu_barrier(int barrier, int threads, int wait); /* threads 0: all that have not ended */
+void emu_registers(int count);                        /* of a thread, from now on */
 void emu_mbarrier_init(unsigned address, unsigned arrivals);
 void emu_mbarrier_arrive(unsigned address);
 void emu_mbarrier_expect(unsigned address, unsigned bytes); /* without arriving */

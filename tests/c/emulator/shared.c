@@ -14,13 +14,12 @@ static unsigned gap_begin, gap_end; /* dynamic shared memory that the block does
 
 /* --- access --- */
 
-/* Who has written to a word, by an instruction that wgmma and the copy engine do not see before a
- * fence: the thread, counted from 1, and the number of fences that there had been. The fence is the
- * writer's, or that of a thread which has waited for it and then asks for the read. */
+/* Who has written to a word, by an instruction that wgmma and the copy engine do not see before its
+ * thread has come to a fence: the thread, counted from 1, and how many fences it had come to. */
 static struct write {
-    unsigned thread, fences;
+    uint16_t thread, fences;
 } writes[LIMIT / WORD];
-static unsigned fences, last_fence[MAX_THREADS];
+static uint16_t fences[MAX_THREADS];
 
 unsigned emu_shared_address(const void *p) {
     return (unsigned)((const unsigned char *)p - kernel->shared_begin);
@@ -42,18 +41,17 @@ void *emu_shared_async(unsigned address, unsigned bytes, unsigned alignment) {
     void *p = emu_shared_at(address, bytes, alignment);
     for (unsigned word = address / WORD; word <= (address + bytes - 1) / WORD; word++) {
         const struct write w = writes[word];
-        if (w.thread && last_fence[w.thread - 1] <= w.fences &&
-            last_fence[emu_thread.x] <= w.fences)
+        if (w.thread && w.fences == fences[w.thread - 1])
             emu_fail("%u in shared memory, read by wgmma or the copy engine, was written by thread "
-                     "%u; neither that nor thread %u has come to a fence.proxy.async since",
-                     word * WORD, w.thread - 1, emu_thread.x);
+                     "%d, which has not come to a fence.proxy.async since",
+                     word * WORD, w.thread - 1);
     }
     return p;
 }
 
 /* Bytes were written. */
 static void mark(unsigned address, unsigned bytes, unsigned thread, int by_engine) {
-    const struct write w = {thread + 1, fences};
+    const struct write w = {(uint16_t)(thread + 1), fences[thread]};
     for (unsigned word = address / WORD; word <= (address + bytes - 1) / WORD; word++)
         writes[word] = by_engine ? (struct write){0, 0} : w;
 }
@@ -68,7 +66,7 @@ void emu_store_shared(unsigned address, const void *from, unsigned bytes) {
 }
 
 void emu_fence_proxy_async(void) {
-    last_fence[emu_thread.x] = ++fences;
+    fences[emu_thread.x]++;
 }
 
 void emu_check_global(const void *p, unsigned alignment) {
@@ -322,8 +320,7 @@ void emu_shared_begin(const struct emu_kernel *kernel_, unsigned dynamic_bytes) 
     gap_end = gap_begin - dynamic_bytes + EMU_MAX_DYNAMIC;
     memset(kernel->shared_begin, POISON, (size_t)(kernel->shared_end - kernel->shared_begin));
     memset(writes, 0, sizeof writes);
-    fences = 0;
-    memset(last_fence, 0, sizeof last_fence);
+    memset(fences, 0, sizeof fences);
     memset(groups, 0, sizeof groups);
     for (struct list *list = lists; list <= loads; list++) {
         while (list->first)
