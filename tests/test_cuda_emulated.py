@@ -80,7 +80,8 @@ def test_forward_of_hopper(features, sizes, seed):
 
 
 # Likewise of backward_sm90.c: each tile, head sizes that leave panels empty, more tiles of queries
-# than buffers, blocks that see none.
+# than buffers, blocks that see none; masks in tiles, of all queries at once and element by element
+# (odd rows), each with its gradient: by the copy engine, by threads, added up.
 @pytest.mark.parametrize(
     "features,sizes",
     [
@@ -92,6 +93,17 @@ def test_forward_of_hopper(features, sizes, seed):
         ("causal+grouped", {"seq_q": 300, "seq_k": 200, "head_dim": 256}),
         ("dropout", {"seq_q": 70, "seq_k": 200, "head_dim": 256}),
         ("window", {"seq_q": 200, "seq_k": 300, "head_dim": 160}),
+        ("bias+window", {"seq_q": 300, "seq_k": 200, "head_dim": 64}),
+        ("bias+dropout", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
+        ("bias+causal", {"seq_q": 200, "seq_k": 136, "head_dim": 192}),
+        ("bias+window", {"seq_q": 200, "seq_k": 301, "head_dim": 128}),
+        ("fp32_bias+grouped", {"seq_q": 200, "seq_k": 132, "head_dim": 64}),
+        ("fp32_bias", {"seq_q": 130, "seq_k": 131, "head_dim": 128}),
+        ("query_bias", {"seq_q": 130, "seq_k": 200, "head_dim": 256}),
+        ("head_bias+causal", {"seq_q": 200, "seq_k": 201, "head_dim": 64}),
+        ("bool_mask+dropout", {"seq_q": 130, "seq_k": 208, "head_dim": 64}),
+        ("bool_mask", {"seq_q": 130, "seq_k": 209, "head_dim": 128}),
+        ("key_mask", {"seq_q": 300, "seq_k": 130, "head_dim": 128}),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
 )
@@ -230,6 +242,7 @@ MISTAKES = {
     "hangs": "if (t < 64) mbarrier_wait(full, 0);",
     "wait at __syncthreads": "if (t < 32) __syncthreads(); else mbarrier_wait(full, 0);",
     "while other lanes of the warp are at": "if (t % 2) __syncwarp(); else uniform(t);",
+    "wait for 256 registers": "registers_increase<256>();",
     "of which some lanes have ended": "if (t % 2) { unsigned r[4]; ldmatrix_x4(r, shared); }",
     "while others wait there for 64": "barrier_arrive(1, t < 32 ? 64 : 96);",
     "all the arrivals of this phase": LOAD + LOAD,

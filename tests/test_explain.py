@@ -136,3 +136,11 @@ def test_explain_names_the_kernels_of_the_backward(dtype, explain_cuda):
             bias = torch.zeros(shape, dtype=x.dtype, requires_grad=True)
             files = explain_cuda(80, x, x, x, bias).files
             assert files[2:] == ("backward_sm80.cu", "backward_dq_sm80.cu", *extra)
+
+
+def test_masks_have_the_backward_for_hopper(explain_cuda):
+    x = torch.randn(2, 4, 9, 64, dtype=torch.float16, requires_grad=True)
+    for mask in (torch.ones(9, 9, dtype=torch.bool), torch.zeros(9, 9, requires_grad=True)):
+        explanation = explain_cuda(90, x, x, x, mask)
+        assert "backward_sm90.cu" in explanation.files
+        assert "backward_sm90.cu" not in explanation.reason

@@ -129,9 +129,9 @@ fa_params params_of(const py::dict &call) {
         p.dv = p.dout = p.v;
         p.deterministic = get("deterministic").cast<bool>();
         if (get("mask_grad").cast<bool>()) {
-            const int stride = get("mask_broadcasts").cast<bool>() ? 0 : 1;
-            const bool in_dtype = stride && p.mask.dtype == p.dtype && p.dtype != FA_FLOAT32;
-            p.dmask = {memory, stride, stride, stride, stride, in_dtype};
+            const int64_t scores = get("mask_broadcasts").cast<bool>() ? 0 : p.seq_q * p.seq_k;
+            const bool in_dtype = scores && p.mask.dtype == p.dtype && p.dtype != FA_FLOAT32;
+            p.dmask = {memory, scores, scores, p.seq_k, 1, in_dtype};
         }
     }
     return p;

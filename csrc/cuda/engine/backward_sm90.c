@@ -11,25 +11,29 @@ static const struct tile {
     int max_head_dim; /* the larger of D and Dv */
     int kernel, block_m, block_n, q_buffers;
 } tiles[] = {
-    {64, FA_CUDA_BACKWARD_SM90, 128, 128, 3},
-    {128, FA_CUDA_BACKWARD_SM90, 64, 128, 3},
+    {64, FA_CUDA_BACKWARD_SM90, 128, 128, 2},
+    {128, FA_CUDA_BACKWARD_SM90, 64, 128, 2},
     {256, FA_CUDA_BACKWARD_WIDE_SM90, 64, 64, 2},
 };
-enum { THREADS = 384, STAGES = 2 };
+enum { THREADS = 384, STAGES = 2, SHARED_LIMIT = 227 << 10 };
+
+/* As FA_MASK_TILES says it. */
+enum { NO_TILES, TILES, ONE_FOR_ALL_QUERIES };
 
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
-    enum { BARRIERS = 256, WARPS = 8, DS_BUFFERS = 3 };
+    enum { BARRIERS = 256, WARPS = 8 }; /* 16 bytes for no tile of a mask, too */
+    const int mask = v->mask_tiles == TILES ? fa_cuda_mask_bytes(v, v->block_m) : 0;
     const int dq_cols = v->head_dim < 64 ? (v->head_dim + 15) / 16 * 16 : 64;
     const int dS = fa_cuda_panels_bytes(v->block_n, v->block_m);
     return fa_cuda_panels_bytes(v->block_n, v->head_dim) +
            fa_cuda_panels_bytes(v->block_n, v->head_dim_v) +
            v->q_buffers * fa_cuda_panels_bytes(v->block_m, v->head_dim) +
            v->stages * fa_cuda_panels_bytes(v->block_m, v->head_dim_v) +
-           v->q_buffers * v->block_m * 2 * (int)sizeof(float) + BARRIERS +
+           v->q_buffers * v->block_m * 2 * (int)sizeof(float) + BARRIERS + mask +
            (v->kernel == FA_CUDA_BACKWARD_WIDE_SM90
-                ? DS_BUFFERS * dS + v->block_m * v->block_n * 2 /* P */
-                : dS + WARPS * 16 * dq_cols * (int)sizeof(float));
+                ? 3 * dS + v->block_m * v->block_n * 2 /* P */
+                : (mask > 32 << 10 ? 1 : 2) * dS + WARPS * 16 * dq_cols * (int)sizeof(float));
 }
 
 static const struct tile *find_tile(const struct fa_params *p) {
@@ -44,12 +48,13 @@ const char *fa_cuda_not_backward_sm90(const struct fa_params *p, int arch) {
         return "backward_sm90.cu is for compute capability 9.0";
     if (p->dtype != FA_BFLOAT16 && p->dtype != FA_FLOAT16)
         return "backward_sm90.cu is for float16 and bfloat16";
-    if (p->mask.data)
-        return "backward_sm90.cu has no masks";
     if (p->seq_q == 0 || p->seq_k == 0)
         return "backward_sm90.cu wants queries and keys";
     if (find_tile(p)->kernel == FA_CUDA_BACKWARD_WIDE_SM90 && p->head_dim <= 64)
         return "backward_wide_sm90.cu wants a head size of queries and keys above 64";
+    /* The sum over all keys is 0: it would be made of roundings, and there P is rounded, too. */
+    if (p->dmask.data && !p->dmask.stride_col && p->seq_k > 1 && !p->deterministic)
+        return "backward_sm90.cu does not add up the gradient of a mask over the keys";
     if (!fa_cuda_is_aligned(p))
         return "backward_sm90.cu wants rows that start at multiples of 16 bytes";
     if (!fa_cuda_can_be_mapped(&p->q, p->seq_q) || !fa_cuda_can_be_mapped(&p->dout, p->seq_q) ||
@@ -60,6 +65,24 @@ const char *fa_cuda_not_backward_sm90(const struct fa_params *p, int arch) {
     return NULL;
 }
 
+static int mask_tiles(const struct fa_params *p, int mask) {
+    const int64_t stride[] = {p->mask.stride_col, p->mask.stride_row, p->mask.stride_head,
+                              p->mask.stride_batch};
+    if (!mask)
+        return NO_TILES;
+    if (!p->mask.stride_row)
+        return ONE_FOR_ALL_QUERIES;
+    return fa_cuda_scores_can_be_mapped(p->mask.data, stride, fa_cuda_mask_elem_bytes(mask))
+               ? TILES
+               : NO_TILES;
+}
+
+static int mask_grad_can_be_mapped(const struct fa_params *p) {
+    const int64_t stride[] = {p->dmask.stride_col, p->dmask.stride_row, p->dmask.stride_head,
+                              p->dmask.stride_batch};
+    return p->dmask.in_dtype && fa_cuda_scores_can_be_mapped(p->dmask.data, stride, 2);
+}
+
 void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
     struct fa_cuda_variant *v = &step->variant;
     const struct tile *t = find_tile(p);
@@ -68,7 +91,12 @@ void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step)
     v->block_n = (uint16_t)t->block_n;
     v->threads = THREADS;
     v->stages = STAGES;
+    v->mask_tiles = (uint16_t)mask_tiles(p, v->mask);
+    if (mask_grad_can_be_mapped(p))
+        v->mask_grad = 4;
     v->q_buffers = (uint8_t)t->q_buffers;
+    while (shared_bytes(v) > SHARED_LIMIT)
+        v->q_buffers--;
     step->blocks = (int)div_up(p->seq_k, t->block_n);
     step->shared_bytes = (unsigned)shared_bytes(v);
 }
@@ -98,5 +126,14 @@ enum fa_status fa_cuda_encode_backward_maps(const struct fa_params *p,
         if (error)
             return fa_cuda_driver_error("tensor map", error);
     }
-    return FA_OK;
+    CUresult error = 0;
+    if (v->mask_tiles == TILES)
+        error = fa_cuda_encode_mask(&maps->mask, p, v, v->block_m);
+    if (!error && v->mask_grad == 4) {
+        const struct fa_tensor dmask = {p->dmask.data, p->dmask.stride_batch, p->dmask.stride_head,
+                                        p->dmask.stride_row};
+        error = fa_cuda_encode_tensor(&maps->dmask, p, &dmask, p->heads_q, p->seq_q, p->seq_k,
+                                      v->block_m);
+    }
+    return error ? fa_cuda_driver_error("tensor map", error) : FA_OK;
 }

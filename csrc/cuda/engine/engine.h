@@ -61,9 +61,9 @@ struct fa_cuda_variant {
     uint8_t window;    /* some scores are hidden by it */
     uint8_t dropout;   /* dropout_p > 0 */
     uint8_t mask_grad; /* 0 none, 1 added up atomically, 2 stored, for it broadcasts nothing, 3
-                          stored in dtype */
+                          stored in dtype; 4, of sm_90a, as 3, by the copy engine */
 
-    /* of sm_90a: buffers of Q; in the forward, whether warpgroups take turns, and FA_MASK_TILES */
+    /* of sm_90a: buffers of Q; FA_MASK_TILES; in the forward, whether warpgroups take turns */
     uint8_t q_buffers, ping_pong;
     uint16_t mask_tiles;
 
@@ -138,7 +138,7 @@ void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step)
 
 /* The second parameter of the kernel. */
 struct fa_cuda_backward_maps {
-    CUtensorMap q, k, v, dout, dk, dv;
+    CUtensorMap q, k, v, dout, dk, dv, mask, dmask;
 };
 enum fa_status fa_cuda_encode_backward_maps(const struct fa_params *p,
                                             const struct fa_cuda_variant *v,
@@ -147,7 +147,7 @@ enum fa_status fa_cuda_encode_backward_maps(const struct fa_params *p,
 /* --- tensor_map.c --- */
 
 /* Strides of a tensor map are multiples of 16 bytes, below 2^40. */
-enum { FA_CUDA_MAPPED = 1 << 30 };
+enum { FA_CUDA_MAPPED = 1 << 30, FA_CUDA_MAPPED_BITS = 40 };
 int fa_cuda_can_be_mapped(const struct fa_tensor *t, int64_t rows);
 
 /* Columns, rows, heads and batch entries, in boxes of columns and rows. Strides count elements. */
@@ -162,6 +162,15 @@ CUresult fa_cuda_encode_tensor(CUtensorMap *map, const struct fa_params *p,
 
 /* Panels<rows, cols> of kernels/panels.cuh. */
 int fa_cuda_panels_bytes(int rows, int cols);
+
+/* The mask of a call: the size of an element of what a variant's `mask` says; a tile of so many
+ * rows (kernels/mask_tile.cuh); whether what has an element for each score, or a gradient of it,
+ * can be mapped, given its strides from the columns up; its map. */
+int fa_cuda_mask_elem_bytes(int mask);
+int fa_cuda_mask_bytes(const struct fa_cuda_variant *v, int rows);
+int fa_cuda_scores_can_be_mapped(const void *data, const int64_t stride[4], int elem_bytes);
+CUresult fa_cuda_encode_mask(CUtensorMap *map, const struct fa_params *p,
+                             const struct fa_cuda_variant *v, int box_rows);
 
 /* --- functions.c --- */
 

@@ -18,15 +18,9 @@ static const struct tile {
 };
 enum { SHARED_LIMIT = 227 << 10 };
 
-/* Of a mask that a variant names: 1 bool, 2 of dtype, 3 float32. */
-static int mask_elem_bytes(int mask) {
-    return mask == 3 ? 4 : mask;
-}
-
 /* MaskTile of kernels/mask_tile.cuh. */
 static int mask_bytes(const struct fa_cuda_variant *v) {
-    const int panels = (v->block_n * mask_elem_bytes(v->mask) + 127) / 128;
-    return v->mask_tiles == 0 ? 16 : panels * (v->mask_tiles == 2 ? 1024 : v->block_m * 128);
+    return v->mask_tiles == 0 ? 16 : fa_cuda_mask_bytes(v, v->mask_tiles == 2 ? 1 : v->block_m);
 }
 
 /* The struct Shared of the kernel. */
@@ -69,13 +63,10 @@ static int has_turns(const struct fa_params *p, const struct fa_cuda_variant *v)
 
 /* 0: the mask is read element by element; 1: in tiles; 2: in tiles of one row. */
 static int mask_tiles(const struct fa_params *p, int mask) {
-    const int64_t stride[3] = {p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch};
-    if (!mask || p->mask.stride_col != 1 || ((uintptr_t)p->mask.data & 15))
+    const int64_t stride[] = {p->mask.stride_col, p->mask.stride_row, p->mask.stride_head,
+                              p->mask.stride_batch};
+    if (!mask || !fa_cuda_scores_can_be_mapped(p->mask.data, stride, fa_cuda_mask_elem_bytes(mask)))
         return 0;
-    for (int i = 0; i < 3; i++) {
-        if (stride[i] >= FA_CUDA_MAPPED || (stride[i] * mask_elem_bytes(mask) & 15))
-            return 0;
-    }
     return p->mask.stride_row ? 1 : 2;
 }
 
@@ -124,20 +115,6 @@ int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant 
     return (int)(heads < 1 ? 1 : heads < p->batch * p->heads_q ? heads : p->batch * p->heads_q);
 }
 
-static CUresult encode_mask(CUtensorMap *map, const struct fa_params *p,
-                            const struct fa_cuda_variant *v) {
-    const int type = p->mask.dtype == FA_BOOL       ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                     : p->mask.dtype == FA_FLOAT32  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                     : p->mask.dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    const int elem_bytes = mask_elem_bytes(v->mask);
-    return fa_cuda_encode_map(
-        map, type, elem_bytes, (void *)p->mask.data,
-        (int64_t[]){p->seq_k, p->seq_q, p->heads_q, p->batch},
-        (int64_t[]){p->mask.stride_row, p->mask.stride_head, p->mask.stride_batch},
-        128 / elem_bytes, v->mask_tiles == 2 ? 1 : v->block_m);
-}
-
 enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
                                    struct fa_cuda_maps *maps) {
     CUresult error =
@@ -152,6 +129,6 @@ enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cu
         error =
             fa_cuda_encode_tensor(&maps->out, p, &p->out, p->heads_q, p->seq_q, p->head_dim_v, 64);
     if (!error && v->mask_tiles)
-        error = encode_mask(&maps->mask, p, v);
+        error = fa_cuda_encode_mask(&maps->mask, p, v, v->mask_tiles == 2 ? 1 : v->block_m);
     return error ? fa_cuda_driver_error("tensor map", error) : FA_OK;
 }

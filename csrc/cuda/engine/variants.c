@@ -411,12 +411,12 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DBLOCK_N=%d", v->block_n);
     ADD("-DTHREADS=%d", v->threads);
     ADD("-DSTAGES=%d", v->stages);
-    if (v->q_buffers)
+    if (v->q_buffers) { /* of sm_90a */
         ADD("-DQ_BUFFERS=%d", v->q_buffers);
-    if (v->kernel == FA_CUDA_FORWARD_SM90) {
-        ADD("-DPING_PONG=%d", v->ping_pong);
         ADD("-DFA_MASK_TILES=%d", v->mask_tiles);
     }
+    if (v->kernel == FA_CUDA_FORWARD_SM90)
+        ADD("-DPING_PONG=%d", v->ping_pong);
 #undef ADD
     *at = 0;
 }

@@ -51,8 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Q.load(row_of(p.q, b, h, first_query), p.q.stride_row, p.seq_q - first_query);
     dO.load(row_of(p.dout, b, h, first_query), p.dout.stride_row, p.seq_q - first_query);
     load(begin);
-    const float2 *row = row_stats(p, b, h, first_query + warp_row + g);
-    const float2 stats[2] = {row[0], row[8]};
+    const RowStats stats(p, b, h, first_query + warp_row + g);
     float dQ[DEPTH / 8][4] = {};
 
     for (int key = begin; key < end; key += BLOCK_N) {

@@ -62,8 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     K.load(row_of(p.k, b, hk, j), p.k.stride_row, p.seq_k - j);
                     V.load(row_of(p.v, b, hk, j), p.v.stride_row, p.seq_k - j);
                     cp_async_commit();
-                    const float2 *row = row_stats(p, b, h, i + warp_row + g);
-                    const float2 stats[2] = {row[0], row[8]};
+                    const RowStats stats(p, b, h, i + warp_row + g);
                     cp_async_wait<0>();
                     __syncthreads();
 

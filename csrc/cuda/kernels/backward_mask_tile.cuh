@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ptx/reduce.cuh"
+#include "query_tiles.cuh"
 #include "scores.cuh"
 #include "tile.cuh"
 
@@ -44,37 +45,53 @@ load_mask(const Tile<ROWS, COLS> &tile, const fa_kernel_params &p, int b, int h,
     }
 }
 
-/* Four elements of a row of the gradient from column j on: added to it as floats where
- * FA_MASK_GRAD is 1, else stored as they are. */
+/* What the gradient is made of. */
+#if FA_MASK_GRAD == 1 || FA_MASK_GRAD == 2
+typedef float mask_grad_elem;
+
+static __device__ __forceinline__ float to_mask_grad(elem dS) {
+    return to_float(dS);
+}
+#else
+typedef elem mask_grad_elem;
+
+static __device__ __forceinline__ elem to_mask_grad(elem dS) {
+    return dS;
+}
+#endif
+
+static __device__ __forceinline__ mask_grad_elem *mask_grad_at(const fa_kernel_params &p, int b,
+                                                               int h, int i, int j) {
+    return (mask_grad_elem *)p.dmask.data + mask_row(p.dmask, b, h, i) + j * p.dmask.stride_col;
+}
+
+/* Four elements of a row of the gradient, of which `cols` are there, are added to it where
+ * FA_MASK_GRAD is 1, else stored. */
 static __device__ __forceinline__ void put_gradient_of_mask(const fa_kernel_params &p,
-                                                            long long row_start, int j,
+                                                            mask_grad_elem *to, int cols,
                                                             bool aligned,
                                                             const unsigned (&pair)[2]) {
-    const long long index = row_start + j * p.dmask.stride_col;
-    elem dS[4];
+    mask_grad_elem dS[4];
 #pragma unroll
     for (int x = 0; x < 4; x++)
-        dS[x] = (elem)(pair[x / 2] >> 16 * (x % 2));
-#if FA_MASK_GRAD == 1
-    float *to = (float *)p.dmask.data + index;
-#if __CUDA_ARCH__ >= 900
-    if (aligned && j + 4 <= p.seq_k) {
-        reduce_add_v4(to, {to_float(dS[0]), to_float(dS[1]), to_float(dS[2]), to_float(dS[3])});
+        dS[x] = to_mask_grad((elem)(pair[x / 2] >> 16 * (x % 2)));
+    if (aligned && cols >= 4) {
+#if FA_MASK_GRAD == 2
+        *(float4 *)to = make_float4(dS[0], dS[1], dS[2], dS[3]);
         return;
-    }
-#endif
-#else
-    elem *to = (elem *)p.dmask.data + index;
-    if (aligned && j + 4 <= p.seq_k) {
+#elif FA_MASK_GRAD != 1
         *(uint2 *)to = make_uint2(pair[0], pair[1]);
         return;
-    }
+#elif __CUDA_ARCH__ >= 900
+        reduce_add_v4(to, dS);
+        return;
 #endif
+    }
 #pragma unroll
     for (int x = 0; x < 4; x++)
-        if (j + x < p.seq_k) {
+        if (x < cols) {
 #if FA_MASK_GRAD == 1
-            atomicAdd(to + x * p.dmask.stride_col, to_float(dS[x]));
+            atomicAdd(to + x * p.dmask.stride_col, dS[x]);
 #else
             to[x * p.dmask.stride_col] = dS[x];
 #endif
@@ -87,7 +104,7 @@ static __device__ __forceinline__ void put_mask_gradient(const Tile<KEYS, QUERIE
                                                          const fa_kernel_params &p, int b, int h,
                                                          int i, int j) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const bool aligned = is_aligned(p.dmask, 4, FA_MASK_GRAD == 1 ? sizeof(float) : sizeof(elem));
+    const bool aligned = is_aligned(p.dmask, 4, sizeof(mask_grad_elem));
     /* Keys are dealt to the rows of the matrices so that a thread gets 4 neighbours of a query. */
     const int key = lane / 16 * 16 + lane % 8 / 2 * 4 + lane / 8 % 2 * 2 + lane % 2;
 #pragma unroll 2
@@ -96,9 +113,11 @@ static __device__ __forceinline__ void put_mask_gradient(const Tile<KEYS, QUERIE
         unsigned word[4];
         ldmatrix_x4_trans(word, dS.at(first_key + key, query));
         if (i + query + g < p.seq_q) {
-            const long long row = mask_row(p.dmask, b, h, i + query + g);
-            put_gradient_of_mask(p, row, j + first_key + 4 * t, aligned, {word[0], word[1]});
-            put_gradient_of_mask(p, row, j + first_key + 16 + 4 * t, aligned, {word[2], word[3]});
+            const int col = j + first_key + 4 * t;
+            mask_grad_elem *to = mask_grad_at(p, b, h, i + query + g, col);
+            put_gradient_of_mask(p, to, p.seq_k - col, aligned, {word[0], word[1]});
+            put_gradient_of_mask(p, to + 16 * p.dmask.stride_col, p.seq_k - col - 16, aligned,
+                                 {word[2], word[3]});
         }
         __syncwarp();
     }
@@ -107,9 +126,23 @@ static __device__ __forceinline__ void put_mask_gradient(const Tile<KEYS, QUERIE
 /* Zeros for the queries [begin, end) and `keys` keys from j on. */
 static __device__ __forceinline__ void clear_mask_gradient(const fa_kernel_params &p, int b, int h,
                                                            int begin, int end, int j, int keys) {
-    const bool aligned = is_aligned(p.dmask, 4, sizeof(elem));
+    const bool aligned = is_aligned(p.dmask, 4, sizeof(mask_grad_elem));
     const int last = min(j + keys, p.seq_k);
     for (int i = begin + (int)threadIdx.x / 32; i < end; i += THREADS / 32)
         for (int col = j + threadIdx.x % 32 * 4; col < last; col += 128)
-            put_gradient_of_mask(p, mask_row(p.dmask, b, h, i), col, aligned, {0, 0});
+            put_gradient_of_mask(p, mask_grad_at(p, b, h, i, col), last - col, aligned, {0, 0});
+}
+
+/* The gradient of the mask in the tiles that the block does not look at. */
+static __device__ __forceinline__ void
+clear_hidden(const fa_kernel_params &p, const QueryTiles &queries, int b, int hk, int first_key) {
+    const int group = p.heads_q / p.heads_k;
+    const bool any = queries.begin < queries.end;
+    const int above = any ? queries.begin : p.seq_q;
+    const int below = (queries.end + BLOCK_M - 1) / BLOCK_M * BLOCK_M;
+    for (int h = hk * group; h < (hk + 1) * group; h++) {
+        clear_mask_gradient(p, b, h, 0, min(above, p.seq_q), first_key, BLOCK_N);
+        if (any)
+            clear_mask_gradient(p, b, h, below, p.seq_q, first_key, BLOCK_N);
+    }
 }

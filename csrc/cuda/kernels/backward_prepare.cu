@@ -66,8 +66,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             delta += __shfl_xor_sync(~0u, delta, step);
         if (col == 0) {
             const float lse = i < p.seq_q ? p.lse[head * p.seq_q + i] : NEGATIVE_INFINITY;
-            *row_stats(p, b, h, i) =
-                make_float2(lse == NEGATIVE_INFINITY ? POSITIVE_INFINITY : lse * LOG2E, delta);
+            PairStats *pair = row_stats(p, b, h, i / 2 * 2);
+            (i % 2 ? pair->lse.y : pair->lse.x) =
+                lse == NEGATIVE_INFINITY ? POSITIVE_INFINITY : lse * LOG2E;
+            (i % 2 ? pair->delta.y : pair->delta.x) = delta;
         }
     }
 }

@@ -60,7 +60,7 @@ using MaskTile = Tile<BLOCK_M, BLOCK_N>;
 
 /* A tile of queries in shared memory: Q, dO and row_stats. */
 constexpr int DO_OFFSET = QTile::BYTES, STATS_OFFSET = DO_OFFSET + OTile::BYTES;
-constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M * sizeof(float2);
+constexpr int STAGE_BYTES = STATS_OFFSET + BLOCK_M / 2 * sizeof(PairStats);
 /* K, V, P, dS, the mask where there is one of the dtype of q, and the stages. */
 constexpr int P_OFFSET = KTile::BYTES + VTile::BYTES, MASK_OFFSET = P_OFFSET + 2 * PTile::BYTES;
 constexpr bool HAS_MASK_TILE = FA_MASK == 2;
@@ -197,20 +197,6 @@ static __device__ __forceinline__ void put_gradient(const T &tile, int first_row
         }
 }
 
-/* The gradient of the mask in the tiles that the block does not look at. */
-static __device__ __forceinline__ void
-clear_hidden(const fa_kernel_params &p, const QueryTiles &queries, int b, int hk, int first_key) {
-    const int group = p.heads_q / p.heads_k;
-    const bool any = queries.begin < queries.end;
-    const int above = any ? queries.begin : p.seq_q;
-    const int below = (queries.end + BLOCK_M - 1) / BLOCK_M * BLOCK_M;
-    for (int h = hk * group; h < (hk + 1) * group; h++) {
-        clear_mask_gradient(p, b, h, 0, min(above, p.seq_q), first_key, BLOCK_N);
-        if (any)
-            clear_mask_gradient(p, b, h, below, p.seq_q, first_key, BLOCK_N);
-    }
-}
-
 /* Begins to copy a tile of queries to a stage in shared memory. */
 static __device__ __forceinline__ void load_queries(unsigned stage, const fa_kernel_params &p,
                                                     int b, QueryTile tile) {
@@ -226,7 +212,7 @@ static __device__ __forceinline__ void load_queries(unsigned stage, const fa_ker
 /* S becomes P = exp(S - lse), with its sign changed where dropout drops it. stats are those of the
  * warp's first query. */
 static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_params &p,
-                                                    const float2 *stats, const MaskTile &mask,
+                                                    const PairStats *stats, const MaskTile &mask,
                                                     int warp_query, int warp_key, int b, int h,
                                                     int first_query, int first_key, int g, int t) {
     const Dropout dropout(p, b, h);
@@ -244,7 +230,8 @@ static __device__ __forceinline__ void exponentiate(Scores &S, const fa_kernel_p
                 const int column = 8 * m + x / 4 * 8 + 2 * t + x % 2;
                 const int i = first_query + column, j = first_key + 16 * k + g + x % 4 / 2 * 8;
                 float &P = S[k][m + x / 4][x % 4];
-                const float lse = stats[column].x;
+                const float2 pair = stats[column / 2].lse;
+                const float lse = x % 2 ? pair.y : pair.x;
 #if FA_MASK
                 const float term = HAS_MASK_TILE
                                        ? mask_term((mask_elem)(masks[x / 2] >> 16 * (x % 2)))
@@ -284,12 +271,12 @@ static __device__ __forceinline__ void add_to_mask_gradient(const fa_kernel_para
 
 /* dP becomes dS = P (dP - delta). */
 static __device__ __forceinline__ void differentiate(Scores &dP, const Scores &P,
-                                                     const fa_kernel_params &p, const float2 *stats,
-                                                     int b, int h, int first_query, int first_key,
-                                                     int g, int t) {
+                                                     const fa_kernel_params &p,
+                                                     const PairStats *stats, int b, int h,
+                                                     int first_query, int first_key, int g, int t) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++) {
-        const float delta[2] = {stats[8 * m + 2 * t].y, stats[8 * m + 2 * t + 1].y};
+        const float2 delta = stats[4 * m + t].delta;
 #pragma unroll
         for (int k = 0; k < KEY_TILES; k++)
 #pragma unroll
@@ -298,7 +285,7 @@ static __device__ __forceinline__ void differentiate(Scores &dP, const Scores &P
                 float &dS = dP[k][m][x];
                 if (FA_DROPOUT)
                     dS = P[k][m][x] < 0 ? 0 : dS * p.dropout_scale;
-                dS = P_x * (dS - delta[x % 2]);
+                dS = P_x * (dS - (x % 2 ? delta.y : delta.x));
                 const int i = first_query + 8 * m + 2 * t + x % 2;
                 const int j = first_key + 16 * k + g + x / 2 * 8;
                 if (MASK_GRAD_OF_SCORES && i < p.seq_q && j < p.seq_k)
@@ -437,7 +424,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         const int lane = threadIdx.x % 32;
         const int g = lane / 4, t = lane % 4;
-        const float2 *stats = (float2 *)(shared_memory + offset + STATS_OFFSET) + warp_query;
+        const PairStats *stats =
+            (PairStats *)(shared_memory + offset + STATS_OFFSET) + warp_query / 2;
         Factor factor;
         Scores P, dS;
         multiply_rows(P, K, warp_key, Q, warp_query);

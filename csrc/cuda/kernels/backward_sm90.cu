@@ -13,13 +13,13 @@
  * through shared memory. The sum of dQ over all blocks is made in global memory, in float, by the
  * copy engine.
  *
- * What the threads compute is hidden behind products: S of the next tile is asked for before dK and
- * dQ of this one, under which its exponentials run; dS runs under dV; dQ is taken away under dP.
- * The order of compute() is also what leaves registers enough: the compiler gives S, dP, P and dS
- * fixed places only if each is dead before the next is asked for.
+ * What the threads compute between products is hidden behind those of the other warpgroup, and
+ * partly behind their own: exponentials run under dP, and under dK dQ goes to shared memory, from
+ * where a warp of the first warpgroup adds it to the sum in global memory. S of the next tile is
+ * asked for while dK runs. The same two warps take the gradient of a mask from dS.
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, Q_BUFFERS,
- * STAGES (of dO), FA_WINDOW, FA_DROPOUT. */
+ * STAGES (of dO), FA_WINDOW, FA_DROPOUT, and the macros of backward_mask_sm90.cuh. */
 #include "backward_sm90.cuh"
 
 constexpr int CONSUMERS = 2; /* warpgroups that compute */
@@ -33,6 +33,20 @@ constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr bool DQ_BY_ROWS = BLOCK_M == 128;
 static_assert(DEPTH <= (DQ_BY_ROWS ? 64 : 128), "all of dQ is computed");
 
+/* One where a tile of a float32 mask takes the place of the other. */
+constexpr int DS_BUFFERS = MASK_BYTES > 32 << 10 ? 1 : 2;
+
+static_assert(Q_BUFFERS > 1, "S of the next tile is asked for before this Q is done with");
+
+/* Where there are no registers for dP during exponentials, it is asked for after them, and dV at
+ * once after it, for dS to run under something; but dropout has a P for dS and another one for dV.
+ */
+constexpr bool LATE_DP = BLOCK_M == 128 && (FA_DROPOUT || FA_MASK);
+constexpr bool EARLY_DV = LATE_DP && !FA_DROPOUT;
+
+/* Of lse, what is loaded before S is waited for. */
+constexpr int AHEAD = QUERY_TILES < 8 ? QUERY_TILES : 8;
+
 /* Named barriers. */
 enum { KEYS_DONE = 1, GRADIENTS_DONE = 2 /* and 3: one a warpgroup */ };
 
@@ -42,39 +56,87 @@ struct Shared {
     unsigned char V[VTile::BYTES];
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
-    unsigned char dS[STile::BYTES];
-    float dQ[4 * CONSUMERS][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
-    float4 stats[Q_BUFFERS][BLOCK_M / 2];          /* row_stats of two queries; come with Q */
+    unsigned char dS[DS_BUFFERS][STile::BYTES];
+    float dQ[CONSUMERS][4][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
+    unsigned char mask[MASK_BYTES];
+    PairStats stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats; come with Q */
     mbarrier K_full, V_full;
+    mbarrier mask_full[1], mask_empty[1];
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
-    mbarrier dS_full[1], dS_empty[1];
+    mbarrier dS_full[DS_BUFFERS], dS_empty[DS_BUFFERS];
+    mbarrier dQ_full[CONSUMERS][1], dQ_empty[CONSUMERS][1];
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
+/* What warpgroup w of those that compute has of dQ: 64 queries from `row` of a tile on, and up to
+ * 64 columns from `col` on. Where there are none for the second warpgroup, its part is not used. */
+struct DQPart {
+    int row, col, bytes; /* of 16 queries */
+
+    __device__ __forceinline__ explicit DQPart(int w)
+        : row(DQ_BY_ROWS ? 64 * w : 0), col(DQ_BY_ROWS ? 0 : 64 * w),
+          bytes(min(DQ_COLS, DEPTH - col) / 8 * DQ_TILE * (int)sizeof(float)) {}
+};
+
+static __device__ __forceinline__ QueryTile after(const fa_kernel_params &p, const Work &work,
+                                                  QueryTile tile) {
+    return QueryTiles(p, work.h, work.first_key).after(tile);
+}
+
+/* --- what takes away what warpgroup w computes: a warp --- */
+
+/* Adds the n-th dQ to the sum in global memory: a thread for each warp of the warpgroup. Which
+ * thread that is it finds out anew for each tile, for it has few registers. */
+static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, Shared &shared,
+                                              const Work &work, QueryTile tile, unsigned n) {
+    const int w = thread_index() / 32 - FIRST_TAKER, warp = thread_index() % 32;
+    const DQPart part(w);
+    const int query = tile.i + part.row + 16 * warp;
+    if (!p.dq_sum || warp >= 4)
+        return;
+    wait_full(shared.dQ_full[w], n);
+    if (query < p.seq_q && part.bytes > 0)
+        bulk_add(dq_sum_tile(p, work.b, tile.h, query, part.col),
+                 shared_address(shared.dQ[w][warp]), part.bytes);
+    tma_store_commit();
+    tma_store_wait_read();
+    mbarrier_arrive(&shared.dQ_empty[w][0]);
+}
+
+/* Both gradients that are made of dS in shared memory: of the mask, and dQ. */
+static __device__ __forceinline__ void take(const fa_kernel_params &p, const Maps &maps,
+                                            Shared &shared, const Work &work,
+                                            const QueryTiles &queries) {
+    if (!FA_MASK_GRAD && (!p.dq_sum || threadIdx.x % 32 >= 4))
+        return;
+    QueryTile tile = queries.first();
+    bool more = queries.has(tile);
+#pragma unroll 1
+    for (unsigned n = 0; more; n++) {
+        if (FA_MASK_GRAD) {
+            take_mask_gradient<STile>(p, maps, shared, anew(work), tile, n);
+            tile = {anew(tile.h), anew(tile.i)}, n = anew(n);
+        }
+        add_dQ(p, shared, anew(work), tile, n);
+        const Work here = FA_MASK_GRAD ? Work(p) : work;
+        const QueryTiles now = FA_MASK_GRAD ? QueryTiles(p, here.h, here.first_key) : queries;
+        tile = now.after(tile), more = now.has(tile);
+    }
+}
+
 /* --- a warpgroup that computes --- */
 
-/* Adds what a warp has of a tile's dQ to the sum in global memory: 16 queries, which begin at
- * `query`, and the columns from `col` on. */
-static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p,
-                                              float (&staging)[DQ_COLS / 8][DQ_TILE],
-                                              const Gradient<DQ_COLS> &dQ, int b, int h, int query,
-                                              int col) {
-    const int lane = lane_anew(), bytes = min(DQ_COLS, DEPTH - col) / 8 * sizeof staging[0];
-    if (!p.dq_sum || query >= p.seq_q || bytes <= 0)
-        return;
-    if (lane == 0)
-        tma_store_wait_read(); /* of the tile before */
-    __syncwarp();
+/* The n-th dQ of a warp, for add_dQ. */
+static __device__ __forceinline__ void put_dQ(Shared &shared, const Gradient<DQ_COLS> &dQ, int w,
+                                              int warp, unsigned lane, unsigned n) {
+    wait_empty(shared.dQ_empty[w], n);
 #pragma unroll
     for (int d = 0; d < DQ_COLS / 8; d++)
-        *(float4 *)&staging[d][4 * lane] = make_float4(dQ[d][0], dQ[d][1], dQ[d][2], dQ[d][3]);
+        *(float4 *)&shared.dQ[w][warp][d][4 * lane] =
+            make_float4(dQ[d][0], dQ[d][1], dQ[d][2], dQ[d][3]);
     fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) {
-        bulk_add(dq_sum_tile(p, b, h, query, col), shared_address(staging), bytes);
-        tma_store_commit();
-    }
+    release(&shared.dQ_full[w][0]);
 }
 
 /* dK and dV, in the places of K and V. */
@@ -105,17 +167,16 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                                                Shared &shared, const Work &work,
                                                const QueryTiles &queries, int w) {
     const int warp = uniform(threadIdx.x / 32) % 4, warp_row = KEYS * w + 16 * warp;
+    const unsigned lane = lane_anew();
     const KTile K{shared_address(shared.K)}, own_K = K.from_row(KEYS * w);
     const VTile V{shared_address(shared.V)}, own_V = V.from_row(KEYS * w);
-    const STile dS_tile{shared_address(shared.dS)};
+    const auto dS_tile = [&](unsigned n) {
+        return STile{shared_address(shared.dS[n % DS_BUFFERS])};
+    };
     const auto Q = [&](unsigned n) { return QTile{shared_address(shared.Q[n % Q_BUFFERS])}; };
     const auto dO = [&](unsigned n) { return OTile{shared_address(shared.dO[n % STAGES])}; };
-    /* Of dQ. Where there are no columns for the second warpgroup, its part is not used. */
-    const int dq_row = DQ_BY_ROWS ? 64 * w : 0, dq_col = DQ_BY_ROWS ? 0 : 64 * w;
-    const KTile dq_K = K.from_panel_of(DEPTH > 64 ? dq_col : 0);
-    const auto add = [&](const Gradient<DQ_COLS> &dQ, QueryTile tile) {
-        add_dQ(p, shared.dQ[4 * w + warp], dQ, work.b, tile.h, tile.i + dq_row + 16 * warp, dq_col);
-    };
+    const DQPart part(w);
+    const KTile dq_K = K.from_panel_of(DEPTH > 64 ? part.col : 0);
 
     Gradient<DEPTH> dK;
     Gradient<DEPTH_V> dV;
@@ -123,91 +184,68 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
     set_to_zero(dV);
 
     QueryTile tile = queries.first();
-    if (queries.has(tile)) {
-        unsigned n = 0; /* tiles so far */
-        Scores S, dP;
-        Operand P, dS;
-        Gradient<DQ_COLS> dQ;
-        Dropout dropout(p, work.b, tile.h);
-        /* dP, and dV += P^T dO. */
-        const auto multiply_dO = [&] {
-            Operand kept;
-            if (FA_DROPOUT)
-                keep(kept, P);
-            wait_full(shared.dO_full, n);
-            multiply_rows<DEPTH_V>(dP, own_V, dO(n));
-            multiply_queries<DEPTH_V>(dV, FA_DROPOUT ? kept : P, dO(n));
-        };
-        /* dS of dP. */
-        const auto score_gradients = [&] {
-            wgmma_wait<1>(); /* dP */
-            pin(dP);
-            differentiate(p, dP, P, shared.stats[n % Q_BUFFERS]);
-            /* Here so that the compiler does not take the next wait ahead of the arithmetic. */
-            wait_empty(shared.dS_empty, n);
-            wgmma_wait<0>(); /* dV */
-            pin(dP);
-            release(&shared.dO_empty[n % STAGES]);
-            round_scores(dS, dP);
-        };
-        /* dK += dS^T Q, and dQ. */
-        const auto multiply_dS = [&] {
-            put_dS(dS_tile, warp_row, dS);
-            fence_proxy_async();
-            release(&shared.dS_full[0]);
-            wgmma_fence();
-            multiply_queries<DEPTH>(dK, dS, Q(n));
-            wait_full(shared.dS_full, n);
-            multiply_keys(dQ, dS_tile.from_panel_of(dq_row), dq_K);
-        };
-
+    const unsigned tiles = queries.count();
+    Scores S, dP;
+    Operand P, dS;
+    Gradient<DQ_COLS> dQ;
+    Dropout dropout(p, work.b, tile.h);
+    if (tiles > 0) {
         mbarrier_wait(&shared.K_full, 0);
         wait_full(shared.Q_full, 0);
+        mbarrier_wait(&shared.V_full, 0);
         pin(dK);
         pin(dV);
         multiply_rows<DEPTH>(S, own_K, Q(0));
-        wgmma_wait<0>();
-        pin(S);
-        exponentiate(p, S, shared.stats[0], dropout, tile.i, work.first_key + warp_row);
-        round_scores(P, S);
-        mbarrier_wait(&shared.V_full, 0);
-        multiply_dO();
-        score_gradients();
+        for (unsigned n = 0;; tile = after(p, anew(work), tile), n++) {
+            wait_full(shared.dO_full, n);
+            if (!LATE_DP)
+                multiply_rows<DEPTH_V>(dP, own_V, dO(n));
+            QueryNumbers lse, delta;
+            load_lse<0, AHEAD>(lse, shared.stats[n % Q_BUFFERS], lane);
+            wgmma_wait<LATE_DP ? 0 : 1>(); /* S */
+            pin(S);
+            load_lse<AHEAD, QUERY_TILES>(lse, shared.stats[n % Q_BUFFERS], lane);
+            dropout.head = work.b * p.heads_q + tile.h;
+            exponentiate(p, S, lse, shared, n, dropout, work, tile, warp_row, lane);
+            round_P(P, S);
+            if (LATE_DP)
+                multiply_rows<DEPTH_V>(dP, own_V, dO(n));
+            if (EARLY_DV)
+                multiply_queries<DEPTH_V>(dV, P, dO(n));
+            load_delta(delta, shared.stats[n % Q_BUFFERS], lane);
+            wgmma_wait<EARLY_DV ? 1 : 0>(); /* dP */
+            pin(dP);
+            differentiate(p, dS, dP, P, delta);
+            wait_empty(shared.dS_empty, n);
+            put_dS(dS_tile(n), warp_row, dS, lane_anew());
+            fence_proxy_async();
+            release(&shared.dS_full[n % DS_BUFFERS]);
+            if (FA_DROPOUT)
+                keep(P);
+            wgmma_fence();
+            if (!EARLY_DV)
+                multiply_queries<DEPTH_V>(dV, P, dO(n));
+            wait_full(shared.dS_full, n);
+            multiply_keys(dQ, dS_tile(n).from_row(part.row), dq_K);
+            multiply_queries<DEPTH>(dK, dS, Q(n));
 
-        for (QueryTile next; next = queries.after(tile), queries.has(next); tile = next) {
+            wgmma_wait<1>(); /* dV, dQ */
+            pin(dQ);
+            release(&shared.dO_empty[n % STAGES]);
+            release(&shared.dS_empty[n % DS_BUFFERS]);
+            if (p.dq_sum)
+                put_dQ(shared, dQ, w, warp, lane_anew(), n);
+            if (n + 1 == tiles)
+                break;
             wait_full(shared.Q_full, n + 1);
             multiply_rows<DEPTH>(S, own_K, Q(n + 1));
-            multiply_dS();
-
-            wgmma_wait<2>(); /* S */
-            pin(S);
-            dropout.head = work.b * p.heads_q + next.h;
-            exponentiate(p, S, shared.stats[(n + 1) % Q_BUFFERS], dropout, next.i,
-                         work.first_key + warp_row);
             wgmma_wait<1>(); /* dK */
-            pin(S);
             release(&shared.Q_empty[n % Q_BUFFERS]);
-            round_scores(P, S);
-
-            n++;
-            if (!FA_DROPOUT)
-                multiply_dO();
-            wgmma_wait<FA_DROPOUT ? 0 : 2>(); /* dQ */
-            pin(dQ);
-            release(&shared.dS_empty[0]);
-            add(dQ, tile);
-            if (FA_DROPOUT) /* only now there are registers for a second P */
-                multiply_dO();
-            score_gradients();
         }
-        multiply_dS();
         wgmma_wait<0>();
-        pin(dQ);
         pin(dK);
         pin(dV);
-        add(dQ, tile);
     }
-
     store_gradients(p, maps, shared, work, dK, dV);
 }
 
@@ -217,18 +255,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared &shared = *(Shared *)shared_memory;
     const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
-        prepare_to_bring(maps, shared, 4 * CONSUMERS);
-        mbarrier_init(&shared.dS_full[0], 4 * CONSUMERS);
-        mbarrier_init(&shared.dS_empty[0], 4 * CONSUMERS);
+        prepare_to_bring(maps, shared, 4 * CONSUMERS, 4 * CONSUMERS);
+        for (int i = 0; i < DS_BUFFERS; i++) {
+            mbarrier_init(&shared.dS_full[i], 4 * CONSUMERS);
+            mbarrier_init(&shared.dS_empty[i], 4 * CONSUMERS + TAKERS);
+        }
+        for (int w = 0; w < CONSUMERS; w++) {
+            mbarrier_init(&shared.dQ_full[w][0], 4);
+            mbarrier_init(&shared.dQ_empty[w][0], 4);
+        }
         mbarrier_init_fence();
     }
     __syncthreads();
 
     const Work work(p);
     const QueryTiles queries(p, work.h, work.first_key);
+    if (FA_MASK_GRAD >= 3 && FA_WINDOW)
+        clear_hidden(p, queries, work.b, work.h, work.first_key);
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);
+        if (warp >= FIRST_TAKER)
+            take(p, maps, shared, work, queries);
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         compute(p, maps, shared, work, queries, warp / 4 - 1);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "accumulators.cuh"
+#include "backward_mask_sm90.cuh"
 #include "panels.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/stmatrix.cuh"
@@ -17,6 +18,7 @@
 constexpr int KEYS = 64; /* of a warpgroup */
 constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16, DEPTH_V = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int QUERY_TILES = BLOCK_M / 8;
+constexpr int FAR = 1 << 30; /* farther than any query */
 static_assert(FA_STATS_ROWS % BLOCK_M == 0, "row_stats are there for whole tiles");
 
 constexpr int DQ_COLS = DEPTH < 64 ? DEPTH : 64; /* of a product, at most */
@@ -25,12 +27,13 @@ using KTile = Panels<BLOCK_N, HEAD_DIM>;
 using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
 using QTile = Panels<BLOCK_M, HEAD_DIM>;
 using OTile = Panels<BLOCK_M, HEAD_DIM_V>;
-using STile = Panels<BLOCK_N, BLOCK_M>; /* dS^T */
+using STile = Panels<BLOCK_M, BLOCK_N>; /* dS: queries x keys */
 
-/* Boxes of 64 columns; BLOCK_M rows of q and dout, BLOCK_N of k and v, 64 of dk and dv. Heads and
- * batch entries that are broadcast, with a stride of 0, are there once. */
+/* Boxes of 64 columns; BLOCK_M rows of q, dout and dmask, BLOCK_N of k and v, 64 of dk and dv; see
+ * MaskTile for mask. Heads and batch entries that are broadcast, with a stride of 0, are there
+ * once. */
 struct Maps {
-    tensor_map q, k, v, dout, dk, dv;
+    tensor_map q, k, v, dout, dk, dv, mask, dmask;
 };
 
 /* The block's keys. */
@@ -43,13 +46,24 @@ struct Work {
           b(uniform(blockIdx.x / p.blocks / p.heads_k)) {}
 };
 
+/* x as it is, but the compiler computes nothing from it ahead of this place, and keeps nothing that
+ * it has computed before: for that there are no registers. */
+static __device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+static __device__ __forceinline__ Work anew(Work work) {
+    work.first_key = anew(work.first_key), work.b = anew(work.b);
+    return work;
+}
+
 /* --- what moves data: one thread of a warp. Shared is all of the kernel's shared memory. --- */
 
 /* Heads and batch entries as a tensor map counts them. */
-static __device__ __forceinline__ int head(const fa_kernel_tensor &t, int h) {
+template <class Tensor> static __device__ __forceinline__ int head(const Tensor &t, int h) {
     return t.stride_head ? h : 0;
 }
-static __device__ __forceinline__ int entry(const fa_kernel_tensor &t, int b) {
+template <class Tensor> static __device__ __forceinline__ int entry(const Tensor &t, int b) {
     return t.stride_batch ? b : 0;
 }
 
@@ -70,6 +84,12 @@ static __device__ __forceinline__ void bring_K_and_Q(const fa_kernel_params &p, 
         mbarrier_arrive_expect(full, sizeof shared.stats[buffer]);
         bulk_load(shared_address(shared.stats[buffer]), row_stats(p, work.b, tile.h, tile.i),
                   sizeof shared.stats[buffer], full);
+        if (HAS_MASK_TILE) {
+            wait_empty(shared.mask_empty, n);
+            MaskTile{shared_address(shared.mask)}.load(&maps.mask, &shared.mask_full[0], tile.i,
+                                                       work.first_key, head(p.mask, tile.h),
+                                                       entry(p.mask, work.b));
+        }
     }
 }
 
@@ -89,10 +109,11 @@ static __device__ __forceinline__ void bring_V_and_dO(const fa_kernel_params &p,
     }
 }
 
-/* By one thread, first of all: the barriers of what is brought, to be used by so many warps. */
+/* By one thread, first of all: the barriers of what is brought, to be used by so many warps, and
+ * the mask by so many. */
 template <class Shared>
-static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared &shared,
-                                                        int warps) {
+static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared &shared, int warps,
+                                                        int mask_warps) {
     tma_prefetch_map(&maps.k);
     tma_prefetch_map(&maps.q);
     tma_prefetch_map(&maps.v);
@@ -107,6 +128,8 @@ static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared
         mbarrier_init(&shared.dO_full[i], 1);
         mbarrier_init(&shared.dO_empty[i], warps);
     }
+    mbarrier_init(&shared.mask_full[0], 1);
+    mbarrier_init(&shared.mask_empty[0], mask_warps);
 }
 
 /* By the warps of the first warpgroup. */
@@ -154,93 +177,136 @@ static __device__ __forceinline__ void multiply_queries(Gradient<COLS> &C, const
 /* 64 columns of dQ = dS K, summed over the keys of the block. */
 static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STile dS, KTile K) {
     wgmma_fence();
-    Wgmma<DQ_COLS>::multiply<OVER_ROWS, OVER_ROWS>(dQ, dS.sum_over_rows(0), K.sum_over_rows(0));
+    Wgmma<DQ_COLS>::multiply<OVER_COLS, OVER_ROWS>(dQ, dS.sum_over_cols(0), K.sum_over_rows(0));
 #pragma unroll
     for (int n = 16; n < BLOCK_N; n += 16)
-        Wgmma<DQ_COLS>::multiply_add<OVER_ROWS, OVER_ROWS>(dQ, dS.sum_over_rows(n),
+        Wgmma<DQ_COLS>::multiply_add<OVER_COLS, OVER_ROWS>(dQ, dS.sum_over_cols(n),
                                                            K.sum_over_rows(n));
     wgmma_commit();
 }
 
-/* S becomes P = exp(S - lse), with its sign changed where dropout drops it. */
-static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, Scores &S,
-                                                    const float4 *stats, const Dropout &dropout,
-                                                    int query, int warp_key) {
-    const int lane = lane_anew(), g = lane / 4, t = lane % 4;
+/* Of the queries whose scores a thread has. */
+using QueryNumbers = float2[QUERY_TILES];
+
+/* With a mask or dropout there are no registers to load lse ahead of its use. */
+constexpr bool LSE_AHEAD = !FA_MASK && !FA_DROPOUT;
+
+template <int BEGIN, int END>
+static __device__ __forceinline__ void load_lse(QueryNumbers &lse, const PairStats *stats,
+                                                unsigned lane) {
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++) {
-        const float4 pair = stats[4 * m + t];
+    for (int m = BEGIN; LSE_AHEAD && m < END; m++)
+        lse[m] = stats[4 * m + lane % 4].lse;
+}
+static __device__ __forceinline__ void load_delta(QueryNumbers &delta, const PairStats *stats,
+                                                  unsigned lane) {
 #pragma unroll
-        for (int x = 0; x < 4; x++) {
-            const float lse = x % 2 ? pair.z : pair.x;
-            S[m][x] = exp2_approx(min_nan(fmaf(S[m][x], p.scale_log2e, -lse), 0));
-        }
-    }
-    if (FA_DROPOUT) {
-#pragma unroll /* from the last on: the other way round, it does not quite fit into registers */
-        for (int m = QUERY_TILES - 2; m >= 0; m -= 2) {
-            unsigned word[4];
+    for (int m = 0; m < QUERY_TILES; m++)
+        delta[m] = stats[4 * m + lane % 4].delta;
+}
+
+/* S of the n-th tile becomes P = exp(S - lse), with its sign changed where dropout drops it. The
+ * warp's keys are those from row warp_row of the block's on. */
+template <class Shared>
+static __device__ __forceinline__ void
+exponentiate(const fa_kernel_params &p, Scores &S, const QueryNumbers &lse, Shared &shared,
+             unsigned n, const Dropout &dropout, const Work &work, QueryTile tile, int warp_row,
+             unsigned lane) {
+    const int query = tile.i, warp_key = work.first_key + warp_row, g = lane / 4, t = lane % 4;
+    const PairStats *stats = shared.stats[n % Q_BUFFERS];
+    if (HAS_MASK_TILE)
+        wait_full(shared.mask_full, n);
+    const WarpMask mask(p, {shared_address(shared.mask)}, work.b, tile.h, query, work.first_key,
+                        warp_row);
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m += 2) {
+        mask_elem value[8];
+        unsigned word[4];
+        if (FA_MASK)
+            mask.get(value, m);
+        if (FA_DROPOUT)
             dropout.draw_transposed(word, query + 8 * m, warp_key, g, t);
 #pragma unroll
-            for (int x = 0; x < 8; x++)
-                if (!dropout.keeps(word, x % 2 * 4 + x / 4 * 2 + x % 4 / 2))
-                    S[m + x / 4][x % 4] = -S[m + x / 4][x % 4];
+        for (int x = 0; x < 8; x++) {
+            const float2 pair = LSE_AHEAD ? lse[m + x / 4] : stats[4 * (m + x / 4) + t].lse;
+            float &P = S[m + x / 4][x % 4];
+            P = fmaf(P, p.scale_log2e, x % 2 ? -pair.y : -pair.x);
+            if (FA_MASK)
+                P = add_mask(P, value[x]);
+            P = exp2_approx(P);
+            if (FA_DROPOUT && !dropout.keeps(word, x % 2 * 4 + x / 4 * 2 + x % 4 / 2))
+                P = -P;
         }
     }
+    if (HAS_MASK_TILE)
+        release(&shared.mask_empty[0]);
     if (is_cut(p, query, BLOCK_M, warp_key, 16)) {
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++)
+        for (int r = 0; r < 2; r++) {
+            /* The first query that sees the key, and the first after it that does not, counted from
+             * the thread's first. So it takes fewer registers than is_visible. */
+            const int key = warp_key + g + 8 * r, from = query + 2 * t;
+            const int begin = FA_WINDOW ? key - p.window_end + 1 - from : -FAR;
+            const int end = key >= p.seq_k ? -FAR
+                            : FA_WINDOW    ? key - p.window_begin + 1 - from
+                                           : FAR;
 #pragma unroll
-            for (int x = 0; x < 4; x++)
-                if (!is_visible(p, query + 8 * m + 2 * t + x % 2, warp_key + g + x / 2 * 8))
-                    S[m][x] = 0;
-    }
-}
-
-/* dP becomes dS = P (dP - delta). P comes as it was rounded for dV: there are no registers to keep
- * more of it. */
-static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, Scores &dP,
-                                                     const Operand &P, const float4 *stats) {
-    const int t = lane_anew() % 4;
+            for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++) {
-        const float4 pair = stats[4 * m + t];
-#pragma unroll
-        for (int x = 0; x < 4; x++) {
-            float P_x = to_float((elem)(P[m / 2][m % 2 * 2 + x / 2] >> 16 * (x % 2)));
-            if (FA_DROPOUT) {
-                dP[m][x] = P_x < 0 ? 0 : dP[m][x] * p.dropout_scale;
-                P_x = fabsf(P_x);
-            }
-            dP[m][x] = P_x * (dP[m][x] - (x % 2 ? pair.w : pair.y));
+                for (int x = 0; x < 2; x++)
+                    if (8 * m + x < begin || 8 * m + x >= end)
+                        S[m][2 * r + x] = 0;
         }
     }
 }
 
-/* What dropout keeps of P. dV is scaled in the end. */
-static __device__ __forceinline__ void keep(Operand &kept, const Operand &P) {
+/* dS = P (dP - delta). P comes as it was rounded for dV: there are no registers to keep more of it.
+ */
+static __device__ __forceinline__ void differentiate(const fa_kernel_params &p, Operand &dS,
+                                                     const Scores &dP, const Operand &P,
+                                                     const QueryNumbers &delta) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const unsigned P_r = P[m / 2][m % 2 * 2 + r];
+            float even = dP[m][2 * r], odd = dP[m][2 * r + 1];
+            if (FA_DROPOUT) {
+                even = P_r & 0x8000 ? 0 : even * p.dropout_scale;
+                odd = P_r & 0x80000000 ? 0 : odd * p.dropout_scale;
+            }
+            dS[m / 2][m % 2 * 2 + r] =
+                multiply_pairs(FA_DROPOUT ? P_r & 0x7fff7fff : P_r,
+                               pack_finite(even - delta[m].x, odd - delta[m].y));
+        }
+    }
+}
+
+/* Of P what dropout keeps. dV is scaled in the end. */
+static __device__ __forceinline__ void keep(Operand &P) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++)
 #pragma unroll
         for (int x = 0; x < 4; x++)
-            kept[m][x] = P[m][x] & ~((P[m][x] >> 15 & 0x10001) * 0xffff);
+            P[m][x] &= ~((P[m][x] >> 15 & 0x10001) * 0xffff);
 }
 
-static __device__ __forceinline__ void round_scores(Operand &A, const Scores &C) {
+/* P, rounded. It is at most 1, also where scores are so large that lse has lost the difference. */
+static __device__ __forceinline__ void round_P(Operand &P, const Scores &S) {
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++) {
-        A[m / 2][m % 2 * 2] = pack(C[m][0], C[m][1]);
-        A[m / 2][m % 2 * 2 + 1] = pack(C[m][2], C[m][3]);
-    }
+    for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            P[m / 2][m % 2 * 2 + r] = limit_pairs(pack(S[m][2 * r], S[m][2 * r + 1]));
 }
 
-/* A warp's 16 rows of dS^T to shared memory. */
-static __device__ __forceinline__ void put_dS(STile tile, int warp_row, const Operand &dS) {
-    const int lane = lane_anew();
+/* What a warp has of dS^T, 16 keys, to shared memory. */
+static __device__ __forceinline__ void put_dS(STile tile, int warp_row, const Operand &dS,
+                                              unsigned lane) {
+    const unsigned first = tile.chunk(lane / 16 * 8 + lane % 8, warp_row + lane / 8 % 2 * 8);
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++)
-        stmatrix_x4(tile.chunk(warp_row + lane % 16, 16 * m + lane / 16 * 8), dS[m][0], dS[m][1],
-                    dS[m][2], dS[m][3]);
+        stmatrix_x4_trans(first + 16 * m * 128, dS[m][0], dS[m][1], dS[m][2], dS[m][3]);
 }
 
 /* dK or dV of a warp to shared memory, into its 16 rows of a tile of 64. */

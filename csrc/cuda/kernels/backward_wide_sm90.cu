@@ -31,9 +31,11 @@ struct Shared {
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
     unsigned char dS[DS_BUFFERS][STile::BYTES];
-    uint4 P[QUERY_TILES / 2][128];        /* as the threads of the first warpgroup hold it */
-    float4 stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats of two queries; come with Q */
+    uint4 P[QUERY_TILES / 2][128]; /* as the threads of the first warpgroup hold it */
+    unsigned char mask[MASK_BYTES];
+    PairStats stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats; come with Q */
     mbarrier K_full, V_full;
+    mbarrier mask_full[1], mask_empty[1];
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
     mbarrier dS_full[DS_BUFFERS], dS_empty[DS_BUFFERS];
@@ -61,7 +63,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                                                const QueryTiles &queries) {
     constexpr int COLS = HAS_P ? DEPTH_V : DEPTH; /* of dV or dK */
     constexpr unsigned DELAY = HAS_P ? 2 : 1;     /* of dQ, in tiles */
-    const int warp = uniform(threadIdx.x / 32) % 4, thread = threadIdx.x % 128;
+    const int warp = uniform(threadIdx.x / 32) % 4;
+    const unsigned thread = threadIdx.x % 128, lane = threadIdx.x % 32;
     const KTile K{shared_address(shared.K)};
     const VTile V{shared_address(shared.V)};
     const auto Q = [&](unsigned n) { return QTile{shared_address(shared.Q[n % Q_BUFFERS])}; };
@@ -104,14 +107,16 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
             wait_full(shared.dS_full, n - DELAY);
         multiply_half(dQ, n + DS_BUFFERS - DELAY, FIRST);
 
+        QueryNumbers numbers; /* lse or delta */
+        if (HAS_P)
+            load_lse<0, QUERY_TILES>(numbers, shared.stats[n % Q_BUFFERS], lane);
         wgmma_wait<1>(); /* S or dP */
         pin(S);
         if (HAS_P) {
             dropout.head = work.b * p.heads_q + tile.h;
-            exponentiate(p, S, shared.stats[n % Q_BUFFERS], dropout, tile.i,
-                         work.first_key + 16 * warp);
+            exponentiate(p, S, numbers, shared, n, dropout, work, tile, 16 * warp, lane);
             release(&shared.Q_empty[n % Q_BUFFERS]);
-            round_scores(A, S);
+            round_P(A, S);
             wait_empty(shared.P_empty, n);
 #pragma unroll
             for (int m = 0; m < QUERY_TILES / 2; m++)
@@ -119,7 +124,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                                A[m][3]);
             release(&shared.P_full[0]);
             if (FA_DROPOUT)
-                keep(A, A);
+                keep(A);
             wait_full(shared.dO_full, n);
         } else {
             release(&shared.dO_empty[n % STAGES]);
@@ -130,10 +135,10 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
                 load_shared_4(P[m], shared_address(&shared.P[m][thread]));
             release(&shared.P_empty[0]);
             wait_full(shared.Q_full, n);
-            differentiate(p, S, P, shared.stats[n % Q_BUFFERS]);
-            round_scores(A, S);
+            load_delta(numbers, shared.stats[n % Q_BUFFERS], lane);
+            differentiate(p, A, S, P, numbers);
             wait_empty(shared.dS_empty, n);
-            put_dS(dS(n), 16 * warp, A);
+            put_dS(dS(n), 16 * warp, A, lane);
             fence_proxy_async();
             release(&shared.dS_full[n % DS_BUFFERS]);
         }
@@ -194,10 +199,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared &shared = *(Shared *)shared_memory;
     const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
-        prepare_to_bring(maps, shared, 8);
+        prepare_to_bring(maps, shared, 8, 4);
         for (int i = 0; i < DS_BUFFERS; i++) {
             mbarrier_init(&shared.dS_full[i], 4);
-            mbarrier_init(&shared.dS_empty[i], 8);
+            mbarrier_init(&shared.dS_empty[i], 8 + TAKERS);
         }
         mbarrier_init(&shared.P_full[0], 4);
         mbarrier_init(&shared.P_empty[0], 4);
@@ -207,9 +212,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const Work work(p);
     const QueryTiles queries(p, work.h, work.first_key);
+    if (FA_MASK_GRAD >= 3 && FA_WINDOW)
+        clear_hidden(p, queries, work.b, work.h, work.first_key);
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
         bring(p, maps, shared, work, queries, warp);
+        if (FA_MASK_GRAD && warp >= FIRST_TAKER) {
+            QueryTile tile = queries.first();
+#pragma unroll 1
+            for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++)
+                take_mask_gradient<STile>(p, maps, shared, anew(work), tile, n);
+        }
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         if (warp < 8)

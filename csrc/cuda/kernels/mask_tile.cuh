@@ -7,6 +7,7 @@
 
 #include "elem.cuh"
 #include "ptx/tma.cuh"
+#include "scores.cuh"
 
 struct MaskTile {
     static constexpr int ELEM_BYTES = FA_MASK == 3 ? 4 : FA_MASK == 2 ? 2 : 1;
@@ -26,6 +27,13 @@ struct MaskTile {
                      FA_MASK_TILES == 2 ? 0 : row, h, b);
     }
 
+    /* Where element (row, col) is. */
+    __device__ __forceinline__ unsigned element(int row, int col) const {
+        const int byte = col * ELEM_BYTES;
+        return address + byte / 128 * PANEL_BYTES + row * 128 + (byte % 128 / 16 ^ row % 8) * 16 +
+               byte % 16;
+    }
+
     /* Where a thread has its columns 8n + 2t and 8n + 2t + 1, given where it has those of n = 0. */
     __device__ __forceinline__ unsigned first(int row, int t) const {
         row = FA_MASK_TILES == 2 ? 0 : row;
@@ -35,6 +43,17 @@ struct MaskTile {
     static __device__ __forceinline__ unsigned at(unsigned first, int n) {
         const int byte = 8 * n * ELEM_BYTES;
         return (first ^ byte % 128) + byte / 128 * PANEL_BYTES;
+    }
+
+    /* One element as it is. */
+    static __device__ __forceinline__ mask_elem load_element(unsigned at) {
+#if FA_MASK == 1
+        return load_shared_u8(at);
+#elif FA_MASK == 2
+        return load_shared_u16(at);
+#else
+        return __uint_as_float(load_shared_1(at));
+#endif
     }
 
     /* What is added to the scores. */

@@ -22,6 +22,9 @@ struct QueryTiles {
         first_head = hk * group;
         end_head = begin < end ? first_head + group : first_head;
     }
+    __device__ __forceinline__ unsigned count() const {
+        return (end_head - first_head) * ((end - begin + BLOCK_M - 1) / BLOCK_M);
+    }
     __device__ __forceinline__ QueryTile first() const { return {first_head, begin}; }
     __device__ __forceinline__ QueryTile after(QueryTile tile) const {
         tile.i += BLOCK_M;

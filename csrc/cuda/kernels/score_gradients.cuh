@@ -6,6 +6,21 @@
 #include "operand.cuh"
 #include "scores.cuh"
 #include "tile.cuh"
+#include "workspace.cuh"
+
+/* The row_stats of queries i and i + 8. */
+struct RowStats {
+    float lse[2], delta[2];
+
+    __device__ __forceinline__ RowStats(const fa_kernel_params &p, int b, int h, int i) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const PairStats pair = *row_stats(p, b, h, (i + 8 * r) / 2 * 2);
+            lse[r] = i % 2 ? pair.lse.y : pair.lse.x;
+            delta[r] = i % 2 ? pair.delta.y : pair.delta.x;
+        }
+    }
+};
 
 /* C = A B^T: 16 rows of A against all rows of B. */
 template <int TILES, class A, class B>
@@ -29,10 +44,10 @@ static __device__ __forceinline__ void multiply_rows(float (&C)[TILES][4], const
 }
 
 /* dS = P (dP - delta) in place of dP, with P = exp(S - lse). The warp's queries begin at i, row
- * first_row of the tiles, the keys at j; stats are those of the thread's rows g and g + 8. */
+ * first_row of the tiles, the keys at j; stats are those of i + g and i + g + 8. */
 template <int TILES, class QTile, class OTile, class KTile, class VTile>
 static __device__ __forceinline__ void
-score_gradients(float (&dS)[TILES][4], const fa_kernel_params &p, const float2 (&stats)[2],
+score_gradients(float (&dS)[TILES][4], const fa_kernel_params &p, const RowStats &stats,
                 const QTile &Q, const OTile &dO, int first_row, const KTile &K, const VTile &V,
                 int b, int h, int i, int j) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -61,7 +76,7 @@ score_gradients(float (&dS)[TILES][4], const fa_kernel_params &p, const float2 (
                 const int number = x / 2 * 4 + n % 2 * 2 + x % 2;
                 kept = dropout.keeps(word, number) ? p.dropout_scale : 0;
             }
-            dS[n][x] = probability(s, stats[x / 2].x) * (dS[n][x] * kept - stats[x / 2].y);
+            dS[n][x] = probability(s, stats.lse[x / 2]) * (dS[n][x] * kept - stats.delta[x / 2]);
         }
     }
 }

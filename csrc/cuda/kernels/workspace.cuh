@@ -4,12 +4,18 @@
 #include "params.h"
 #include "ptx/reduce.cuh"
 
-/* {log2(e) lse, rowsum(dO * O)} of every query, [B, Hq, Sq rounded up to FA_STATS_ROWS]. Where a
- * query attends to nothing, or there is none, lse is plus infinity: it makes P and dS zero. */
-static __device__ __forceinline__ float2 *row_stats(const fa_kernel_params &p, int b, int h,
-                                                    int i) {
+/* Of two queries next to each other: log2(e) lse, rowsum(dO * O). They lie as a thread of the main
+ * kernels wants them, which hold the scores of both, and either number at a time. Where a query
+ * attends to nothing, or there is none, lse is plus infinity: it makes P and dS zero. */
+struct __align__(16) PairStats {
+    float2 lse, delta;
+};
+
+/* Of queries i and i + 1; i is even. [B, Hq, Sq rounded up to FA_STATS_ROWS] queries. */
+static __device__ __forceinline__ PairStats *row_stats(const fa_kernel_params &p, int b, int h,
+                                                       int i) {
     const long long rows = (p.seq_q + FA_STATS_ROWS - 1) / FA_STATS_ROWS * FA_STATS_ROWS;
-    return (float2 *)p.row_stats + ((long long)b * p.heads_q + h) * rows + i;
+    return (PairStats *)p.row_stats + (((long long)b * p.heads_q + h) * rows + i) / 2;
 }
 
 /* The sum of dQ, to which all blocks of a head add. It lies there as accumulators of mma_16x8x16,

@@ -1,7 +1,22 @@
-/* Barriers of a block by number, and mbarriers in shared memory. */
+/* What warps wait for: barriers by number, mbarriers in shared memory, registers. */
 #include "inside.h"
 
 #include <string.h>
+
+/* --- registers: the block gets as many as a multiprocessor has, and takes no others --- */
+
+static int registers[MAX_WARPS], registers_left; /* of a thread; of all that were given back */
+
+void emu_registers(int count) {
+    emu_sync_warp();
+    int *mine = &registers[emu_warp()]; /* the first lane takes those of all */
+    while (LANES * (count - *mine) > registers_left)
+        emu_wait_for(&registers_left, "wait for %u registers; the block has %u left",
+                     (unsigned)count, (unsigned)registers_left);
+    registers_left -= LANES * (count - *mine);
+    *mine = count;
+    emu_wake(&registers_left);
+}
 
 /* --- bar.sync and bar.arrive --- */
 
@@ -61,6 +76,10 @@ void emu_barrier(int barrier, int threads, int wait) {
 }
 
 void emu_barriers_begin(void) {
+    const int each = (emu_block_size.x < 257 ? 255 : 65536 / (int)emu_block_size.x) / 8 * 8;
+    registers_left = 0;
+    for (int warp = 0; warp < emu_warps; warp++)
+        registers[warp] = each;
     memset(barriers, 0, sizeof barriers);
     warps_left = emu_warps;
 }

@@ -45,6 +45,7 @@ void emu_yield(void); /* by one who looks again and again whether something has 
 /* --- barriers.c --- */
 
 void emu_barrier(int barrier, int threads, int wait); /* threads 0: all that have not ended */
+void emu_registers(int count);                        /* of a thread, from now on */
 void emu_mbarrier_init(unsigned address, unsigned arrivals);
 void emu_mbarrier_arrive(unsigned address);
 void emu_mbarrier_expect(unsigned address, unsigned bytes); /* without arriving */
@@ -81,7 +82,7 @@ unsigned short emu_to_half(enum emu_type type, float x); /* to nearest, even */
 float emu_from_half(enum emu_type type, unsigned short x);
 
 void emu_ldmatrix(unsigned r[4], unsigned address, int transposed);
-void emu_stmatrix(unsigned address, const unsigned r[4]);
+void emu_stmatrix(unsigned address, const unsigned r[4], int transposed);
 void emu_mma_16x8x16(enum emu_type type, float d[4], const unsigned a[4], const unsigned b[2]);
 void emu_mma_16x8x8_tf32(float d[4], const unsigned a[4], const unsigned b[2]);
 

@@ -89,15 +89,19 @@ void emu_ldmatrix(unsigned r[4], unsigned address, int transposed) {
 
 static void run_stmatrix(void *const lanes[LANES]) {
     for (int row = 0; row < LANES; row++) {
-        unsigned words[4];
-        for (int t = 0; t < 4; t++)
-            words[t] = ((const struct matrices *)lanes[row % 8 * 4 + t])->r[row / 8];
-        emu_store_shared(((const struct matrices *)lanes[row])->address, words, 16);
+        const struct matrices *mine = lanes[row];
+        unsigned short elements[8];
+        for (int col = 0; col < 8; col++) {
+            const int g = mine->transposed ? col : row % 8, x = mine->transposed ? row % 8 : col;
+            const unsigned pair = ((const struct matrices *)lanes[4 * g + x / 2])->r[row / 8];
+            elements[col] = (unsigned short)(pair >> 16 * (x % 2));
+        }
+        emu_store_shared(mine->address, elements, 16);
     }
 }
 
-void emu_stmatrix(unsigned address, const unsigned r[4]) {
-    struct matrices mine = {(unsigned *)r, address, 0};
+void emu_stmatrix(unsigned address, const unsigned r[4], int transposed) {
+    struct matrices mine = {(unsigned *)r, address, transposed};
     emu_meet_all("stmatrix", run_stmatrix, &mine);
 }
 

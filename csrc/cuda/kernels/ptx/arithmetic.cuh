@@ -12,6 +12,39 @@ static __device__ __forceinline__ unsigned pack(float lo, float hi) {
     return pair;
 }
 
+/* The same, but what is too large for the type becomes its largest number. */
+static __device__ __forceinline__ unsigned pack_finite(float lo, float hi) {
+    unsigned pair;
+#if FA_DTYPE_BF16
+    asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+#else
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+#endif
+    return pair;
+}
+
+/* Products of both halves. */
+static __device__ __forceinline__ unsigned multiply_pairs(unsigned x, unsigned y) {
+    unsigned pair;
+#if FA_DTYPE_BF16
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
+#else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
+#endif
+    return pair;
+}
+
+/* Of both halves, what is larger than 1 in size becomes 1 or -1; NaN stays. */
+static __device__ __forceinline__ unsigned limit_pairs(unsigned x) {
+    unsigned pair;
+#if FA_DTYPE_BF16
+    asm("min.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(0x3f803f80));
+#else
+    asm("min.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(0x3c003c00));
+#endif
+    return pair;
+}
+
 static __device__ __forceinline__ float half_to_float(unsigned short x) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));

@@ -34,7 +34,12 @@ static __device__ __forceinline__ void store_global_4(void *to, const unsigned (
                  : "memory");
 }
 
-/* Words of shared memory, and half a one. */
+/* Words of shared memory, half a one, a quarter. */
+static __device__ __forceinline__ unsigned char load_shared_u8(unsigned address) {
+    unsigned x;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return (unsigned char)x;
+}
 static __device__ __forceinline__ unsigned short load_shared_u16(unsigned address) {
     unsigned short x;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");

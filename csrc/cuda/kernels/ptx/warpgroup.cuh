@@ -21,6 +21,7 @@ static __device__ __forceinline__ void barrier_arrive(int barrier, int threads) 
 static __device__ __forceinline__ int lane_anew() {
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    __builtin_assume(lane >= 0 && lane < 32); /* to divide it is to shift it */
     return lane;
 }
 

@@ -4,6 +4,30 @@ static inline unsigned pack(float lo, float hi) {
     return emu_to_half(EMU_TYPE, lo) | (unsigned)emu_to_half(EMU_TYPE, hi) << 16;
 }
 
+static inline unsigned pack_finite(float lo, float hi) {
+    const float largest = emu_from_half(EMU_TYPE, EMU_TYPE == EMU_FP16 ? 0x7bff : 0x7f7f);
+#define FINITE(x) (fabsf(x) > largest ? copysignf(largest, x) : x)
+    return pack(FINITE(lo), FINITE(hi));
+#undef FINITE
+}
+
+static inline unsigned multiply_pairs(unsigned x, unsigned y) {
+    float product[2];
+    for (int half = 0; half < 2; half++)
+        product[half] = emu_from_half(EMU_TYPE, (unsigned short)(x >> 16 * half)) *
+                        emu_from_half(EMU_TYPE, (unsigned short)(y >> 16 * half));
+    return pack(product[0], product[1]);
+}
+
+static inline unsigned limit_pairs(unsigned x) {
+    float half[2];
+    for (int i = 0; i < 2; i++) {
+        half[i] = emu_from_half(EMU_TYPE, (unsigned short)(x >> 16 * i));
+        half[i] = fabsf(half[i]) > 1 ? copysignf(1, half[i]) : half[i];
+    }
+    return pack(half[0], half[1]);
+}
+
 static inline float half_to_float(unsigned short x) {
     return emu_from_half(EMU_FP16, x);
 }

@@ -25,6 +25,11 @@ static inline void store_global_4(void *to, const unsigned (&r)[4]) {
     memcpy(to, r, 16);
 }
 
+static inline unsigned char load_shared_u8(unsigned address) {
+    unsigned char x;
+    emu_load_shared(&x, address, 1);
+    return x;
+}
 static inline unsigned short load_shared_u16(unsigned address) {
     unsigned short x;
     emu_load_shared(&x, address, 2);

@@ -1,10 +1,10 @@
 #pragma once
 
 template <int COUNT> static inline void registers_increase() {
-    emu_sync_warp();
+    emu_registers(COUNT);
 }
 template <int COUNT> static inline void registers_decrease() {
-    emu_sync_warp();
+    emu_registers(COUNT);
 }
 
 static inline void barrier_sync(int barrier, int threads) {
