@@ -43,7 +43,8 @@ static int choose_tile(const struct fa_params *p, struct fa_cuda_variant *v) {
         v->block_m = (uint16_t)t->block_m;
         v->block_n = (uint16_t)t->block_n;
         v->stages = (uint16_t)t->stages;
-        for (v->q_buffers = 2; v->q_buffers > 0; v->q_buffers--) {
+        /* Above 64, O from registers is faster than a second buffer for Q, where there is room. */
+        for (v->q_buffers = t->max_head_dim <= 64 ? 2 : 1; v->q_buffers > 0; v->q_buffers--) {
             if (shared_bytes(v) <= SHARED_LIMIT)
                 return 1;
         }
