@@ -3,6 +3,7 @@
  *     launch.c     the entry points: fill in a struct fa_kernel_params and launch
  *     variants.c   which kernels a call takes, compiled for what, with which tiles
  *     forward_sm90.c  ... for the forward of sm_90a, and its tensor maps
+ *     forward_f32_sm90.c ... of float32
  *     backward_sm90.c ... for its backward
  *     tensor_map.c what these two share
  *     functions.c  a variant's function on a device, found in memory or loaded
@@ -46,6 +47,7 @@ enum fa_cuda_kernel {
     FA_CUDA_BACKWARD_DQ,
     FA_CUDA_BACKWARD_MASK,
     FA_CUDA_FORWARD_SM90,
+    FA_CUDA_FORWARD_F32_SM90,
     FA_CUDA_BACKWARD_SM90,
     FA_CUDA_BACKWARD_WIDE_SM90,
 };
@@ -127,6 +129,11 @@ size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch);
 
 /* fa_kernel_params.group_heads */
 int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v);
+
+/* --- forward_f32_sm90.c: likewise, of float32 --- */
+
+const char *fa_cuda_not_forward_f32_sm90(const struct fa_params *p, int arch);
+void fa_cuda_forward_f32_sm90(const struct fa_params *p, struct fa_cuda_step *step);
 
 /* --- backward_sm90.c --- */
 

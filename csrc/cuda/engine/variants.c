@@ -17,6 +17,7 @@ static const struct {
     [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
     [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
     [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
+    [FA_CUDA_FORWARD_F32_SM90] = {"forward_f32_sm90.cu", "fa_forward_f32_sm90"},
     [FA_CUDA_BACKWARD_SM90] = {"backward_sm90.cu", "fa_backward_sm90"},
     [FA_CUDA_BACKWARD_WIDE_SM90] = {"backward_wide_sm90.cu", "fa_backward_wide_sm90"},
 };
@@ -337,9 +338,11 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
     if (!is_backward(p)) {
         struct fa_cuda_step *forward = &steps[count++];
         *forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        forward->not_sm90 = fa_cuda_not_forward_sm90(p, arch);
+        const int is_f32 = p->dtype == FA_FLOAT32;
+        forward->not_sm90 =
+            is_f32 ? fa_cuda_not_forward_f32_sm90(p, arch) : fa_cuda_not_forward_sm90(p, arch);
         if (!forward->not_sm90)
-            fa_cuda_forward_sm90(p, forward);
+            (is_f32 ? fa_cuda_forward_f32_sm90 : fa_cuda_forward_sm90)(p, forward);
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
