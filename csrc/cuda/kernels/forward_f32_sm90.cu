@@ -32,8 +32,11 @@ static_assert(KEY_PANELS <= 2 && VALUE_PANELS <= 2, "what registers and shared m
  * of S, 32 of P, then 48 of its parts, and 32 of P V: 176 for a head size of 128. */
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
 
+/* Whether S of the next tile is computed while P is still needed for V's second panel. */
+constexpr bool SCORES_AHEAD = VALUE_PANELS == 1 || !(FA_MASK || FA_DROPOUT);
+
 /* Named barriers: one a warpgroup each. */
-enum { TURN = 1, Q_READY = 3 };
+enum { TURN = 0, Q_READY = 2 }; /* and the number of a warpgroup */
 
 /* All of shared memory. */
 struct Shared {
@@ -275,11 +278,16 @@ static __device__ __forceinline__ void split_probabilities(ProbabilityParts &par
         }
 }
 
+/* Of the 16 queries of this warp among those of the block. */
+static __device__ __forceinline__ int first_row_of_warp() {
+    return uniform(thread_index() / 32) * 16 - 64;
+}
+
 /* O / l and the lse. */
 static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, const Output &O,
                                                      const Softmax &softmax) {
     const Work work(p);
-    const int first_row = work.row + thread_index() / 32 * 16 - 64;
+    const int first_row = work.row + first_row_of_warp();
     const int lane = thread_index() % 32, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -311,13 +319,13 @@ static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, 
     }
 }
 
-/* Warpgroups take turns in starting products, so that one multiplies while the other is at its
- * softmax. */
-static __device__ __forceinline__ void begin_turn(int w) {
-    barrier_sync(TURN + w, 256);
+/* Warpgroups, 1 and 2, take turns in starting products, so that one multiplies while the other is
+ * at its softmax. */
+static __device__ __forceinline__ void begin_turn() {
+    barrier_sync(TURN + thread_index() / 128, 256);
 }
-static __device__ __forceinline__ void end_turn(int w) {
-    barrier_arrive(TURN + (w ^ 1), 256);
+static __device__ __forceinline__ void end_turn() {
+    barrier_arrive(TURN + 3 - thread_index() / 128, 256);
 }
 
 /* Warpgroup w of those that compute. Both go past all tiles of the block and take a turn for each,
@@ -326,7 +334,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     const Work work(p);
     const Tiles tiles(p, work.row, BLOCK_M);
     const int b = work.b, h = work.h;
-    const int row = work.row + 64 * w, warp_row = row + uniform(threadIdx.x / 32) % 4 * 16;
+    const int row = work.row + 64 * w;
     const SplitPanel Q{shared_address(shared.Q) + w * KEY_PANELS * SplitPanel::BYTES};
     const SplitPanel K{shared_address(shared.K)}, V{shared_address(shared.V)};
     const Ring keys(shared, KEYS), values(shared, VALUES), more_values(shared, VALUES + 1);
@@ -335,8 +343,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         release(ring.empty_of(tile));
     };
     const auto pass_tile_by = [&](int tile) {
-        begin_turn(w);
-        end_turn(w);
+        begin_turn();
+        end_turn();
         pass_by(keys, tile);
         pass_by(values, tile);
         if (VALUE_PANELS == 2)
@@ -344,9 +352,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     };
 
     bring_Q(Q, row_of(p.q, b, h, row), p.q.stride_row, p.seq_q - row);
-    barrier_sync(Q_READY + w, 128);
+    barrier_sync(Q_READY + 1 + w, 128);
 
-    const Dropout dropout(p, b, h);
     Softmax softmax;
     Scores S;
     ProbabilityParts P;
@@ -362,12 +369,13 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         pin(S);
         release(keys.empty_of(tile));
         const int key = tiles.key(tile);
+        const int warp_row = work.row + first_row_of_warp();
         const bool cut = is_cut(p, warp_row, 16, key, BLOCK_N);
         Probabilities whole;
         const float c = finish_scores(S, p, b, h, warp_row, key, cut);
         softmax(whole, S, c, O);
         if (FA_DROPOUT)
-            drop(whole, dropout, warp_row, key);
+            drop(whole, Dropout(p, b, h), warp_row, key);
         split_probabilities(P, whole);
     };
     /* O += P V of a tile, of V's first panel and of its second. */
@@ -399,26 +407,33 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     const int begin = own.count > 0 ? (tiles.end - own.end) / BLOCK_N : tiles.count;
     int tile = 0;
     if (w == 1)
-        end_turn(w);
+        end_turn();
     for (; tile < begin; tile++)
         pass_tile_by(tile);
     if (own.count > 0) {
-        begin_turn(w);
+        begin_turn();
         start_scores(tile);
-        end_turn(w);
+        end_turn();
         finish_scores_of(tile);
         for (tile++; tile < begin + own.count; tile++) {
-            begin_turn(w);
+            begin_turn();
             start_first(tile - 1);
-            start_scores(tile);
-            if (VALUE_PANELS == 1)
-                end_turn(w);
-            wgmma_wait<1>();
+            if (SCORES_AHEAD) {
+                start_scores(tile);
+                if (VALUE_PANELS == 1)
+                    end_turn();
+            }
+            wgmma_wait<SCORES_AHEAD>();
             finish_first(tile - 1);
             if (VALUE_PANELS == 2) {
                 start_second(tile - 1);
-                end_turn(w);
+                if (SCORES_AHEAD)
+                    end_turn();
                 finish_second(tile - 1);
+            }
+            if (!SCORES_AHEAD) {
+                start_scores(tile);
+                end_turn();
             }
             finish_scores_of(tile);
         }
@@ -430,10 +445,11 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             finish_second(tile - 1);
         }
     }
-    for (; tile < tiles.count; tile++)
-        pass_tile_by(tile);
-    if (w == 0) /* the turn that nobody wants */
-        begin_turn(w);
+    if (FA_WINDOW)
+        for (const int end = Tiles(p, Work(p).row, BLOCK_M).count; tile < end; tile++)
+            pass_tile_by(tile);
+    if (thread_index() / 128 == 1) /* the turn that nobody wants */
+        begin_turn();
     finish_output(p, O, softmax);
 }
 
