@@ -47,15 +47,15 @@ struct SplitPanel {
     /* Operands of a wgmma: of a part, sums run over 16 columns, of this panel or of those after
      * it, or over 16 rows. */
     __device__ __forceinline__ unsigned long long sum_over_cols(int part, int col) const {
-        return operand(part * Plane::BYTES + col / 64 * BYTES + col % 64 * 2);
+        return operand(0, part * Plane::BYTES + col / 64 * BYTES + col % 64 * 2);
     }
     __device__ __forceinline__ unsigned long long sum_over_rows(int part, int row) const {
-        return operand(part * Plane::BYTES + row * 128);
+        return operand(Plane::BYTES, part * Plane::BYTES + row * 128);
     }
 
     /* Bytes are added to the lower half alone, which takes one instruction, not three. */
-    __device__ __forceinline__ unsigned long long operand(int bytes) const {
-        const unsigned long long first = wgmma_operand(address, 0);
+    __device__ __forceinline__ unsigned long long operand(int panel_bytes, int bytes) const {
+        const unsigned long long first = wgmma_operand(address, panel_bytes);
         return first >> 32 << 32 | ((unsigned)first + bytes / 16);
     }
 
