@@ -59,8 +59,9 @@ struct SplitPanel {
         return first >> 32 << 32 | ((unsigned)first + bytes / 16);
     }
 
-    /* Columns col .. col + 3, a multiple of 4, of a row. */
-    __device__ __forceinline__ void put(int row, int col, const float4 &x) const {
+    /* What one of 128 threads has as the i-th of its PanelSource. */
+    __device__ __forceinline__ void put(int i, const float4 &x) const {
+        const int row = threadIdx.x % 128 / 16 + 8 * i, col = threadIdx.x % 16 * 4;
         unsigned left[BF16_PARTS], right[BF16_PARTS];
         split(left, x.x, x.y);
         split(right, x.z, x.w);
@@ -83,16 +84,12 @@ struct PanelSource {
     /* Rows that begin at `data`, of which columns 64 panel and on are wanted. */
     __device__ __forceinline__ PanelSource(const float *data, long long stride, int all_rows,
                                            int all_cols, int panel) {
-        const int row = first_row(), col = 64 * panel + first_col();
+        const int row = threadIdx.x % 128 / 16, col = 64 * panel + threadIdx.x % 16 * 4;
         from = data + row * stride + col;
         step = 8 * stride;
         rows = all_rows - row;
         cols = all_cols - col;
     }
-
-    /* Where in the panel. */
-    static __device__ __forceinline__ int first_row() { return threadIdx.x % 128 / 16; }
-    static __device__ __forceinline__ int first_col() { return threadIdx.x % 16 * 4; }
 
     /* The next float4. */
     __device__ __forceinline__ float4 fetch() {
@@ -114,3 +111,101 @@ struct PanelSource {
         return x;
     }
 };
+
+/* Panels of the columns of 64 rows, by the 128 threads of a warpgroup. */
+template <int COLS>
+static __device__ __forceinline__ void split_rows(SplitPanel to, const float *data,
+                                                  long long stride, int rows) {
+#pragma unroll
+    for (int panel = 0; panel < (COLS + 63) / 64; panel++) {
+        PanelSource source(data, stride, rows, COLS, panel);
+        float4 x[PanelSource::COUNT];
+#pragma unroll
+        for (int i = 0; i < PanelSource::COUNT; i++)
+            x[i] = source.fetch();
+#pragma unroll
+        for (int i = 0; i < PanelSource::COUNT; i++)
+            to.after(panel).put(i, x[i]);
+    }
+    fence_proxy_async();
+}
+
+/* The parts of an operand A, of 16 columns a step. */
+template <int STEPS> using SplitOperand = unsigned[BF16_PARTS][STEPS][4];
+
+/* C = A B^T, summed over columns, of which there are COLS; A and B are the first panels. */
+template <int COLS, int TILES>
+static __device__ __forceinline__ void multiply_split_cols(float (&C)[TILES][4], SplitPanel A,
+                                                           SplitPanel B) {
+    wgmma_fence();
+#pragma unroll
+    for (int product = 0; product < BF16_PRODUCTS; product++) {
+        int of_a, of_b;
+        parts_of_product(product, of_a, of_b);
+        A = A.anew();
+        B = B.anew();
+#pragma unroll
+        for (int col = 0; col < COLS; col += 16) {
+            const auto a = A.sum_over_cols(of_a, col), b = B.sum_over_cols(of_b, col);
+            if (product == 0 && col == 0)
+                Wgmma<8 * TILES>::multiply(C, a, b);
+            else
+                Wgmma<8 * TILES>::multiply_add(C, a, b);
+        }
+    }
+    wgmma_commit();
+}
+
+/* C = A B, summed over the rows of B, the first columns of a panel. `zero`: see Wgmma. */
+template <int STEPS, int TILES>
+static __device__ __forceinline__ void
+multiply_split_rows(float (&C)[TILES][4], const SplitOperand<STEPS> &A, SplitPanel B, int zero) {
+    B = B.anew();
+    wgmma_fence();
+#pragma unroll
+    for (int product = 0; product < BF16_PRODUCTS; product++) {
+        int of_a, of_b;
+        parts_of_product(product, of_a, of_b);
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            const auto b = B.sum_over_rows(of_b, 16 * step);
+            if (product == 0 && step == 0)
+                Wgmma<8 * TILES>::multiply(C, A[of_a][step], b, zero);
+            else
+                Wgmma<8 * TILES>::multiply_add(C, A[of_a][step], b);
+        }
+    }
+    wgmma_commit();
+}
+
+/* sum += C, of the columns from that of tile `first` on. */
+template <int ALL, int TILES>
+static __device__ __forceinline__ void add_to_sum(float (&sum)[ALL][4], int first,
+                                                  const float (&C)[TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+            sum[first + n][x] += C[n][x];
+}
+
+/* Row g + 8r of the warp, times f, to a row of a tensor of COLS columns. */
+template <int COLS, int TILES>
+static __device__ __forceinline__ void store_row(float *to, const float (&C)[TILES][4], int r,
+                                                 float f) {
+    const int t = thread_index() % 4;
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+        const int col = 8 * n + 2 * t;
+        const float first = C[n][2 * r] * f, second = C[n][2 * r + 1] * f;
+        if (FA_ALIGNED && (COLS % 8 == 0 || col + 1 < COLS)) {
+            if (col < COLS)
+                *(float2 *)(to + col) = make_float2(first, second);
+        } else {
+            if (col < COLS)
+                to[col] = first;
+            if (col + 1 < COLS)
+                to[col + 1] = second;
+        }
+    }
+}

@@ -145,7 +145,6 @@ static __device__ __forceinline__ void bring_panels(const fa_kernel_params &p, S
     const Tiles tiles(p, work.row, BLOCK_M);
     const int b = work.b, hk = work.h / (p.heads_q / p.heads_k);
     const int count = tiles.count * Place::TILE;
-    const int row = PanelSource::first_row(), col = PanelSource::first_col();
     float4 x[PanelSource::COUNT];
     if (count > 0) {
         PanelSource first = Place(0, tiles.count).source(p, tiles, b, hk);
@@ -163,7 +162,7 @@ static __device__ __forceinline__ void bring_panels(const fa_kernel_params &p, S
         ring.wait_empty(place.tile);
 #pragma unroll
         for (int i = 0; i < PanelSource::COUNT; i++) {
-            panel.put(row + 8 * i, col, x[i]);
+            panel.put(i, x[i]);
             x[i] = next.fetch();
         }
         fence_proxy_async();
@@ -174,80 +173,8 @@ static __device__ __forceinline__ void bring_panels(const fa_kernel_params &p, S
 /* --- a warpgroup that computes --- */
 
 using Scores = float[KEY_TILES][4];
-using Probabilities = unsigned[KEY_STEPS][WORDS];            /* floats, see put_pair */
-using ProbabilityParts = unsigned[BF16_PARTS][KEY_STEPS][4]; /* as operands A */
+using Probabilities = unsigned[KEY_STEPS][WORDS]; /* floats, see put_pair */
 using Output = float[OUT_TILES][4];
-
-/* 64 queries, by one warpgroup. */
-static __device__ __forceinline__ void bring_Q(SplitPanel Q, const float *data, long long stride,
-                                               int rows) {
-    const int row = PanelSource::first_row(), col = PanelSource::first_col();
-#pragma unroll
-    for (int panel = 0; panel < KEY_PANELS; panel++) {
-        PanelSource source(data, stride, rows, HEAD_DIM, panel);
-        float4 x[PanelSource::COUNT];
-#pragma unroll
-        for (int i = 0; i < PanelSource::COUNT; i++)
-            x[i] = source.fetch();
-#pragma unroll
-        for (int i = 0; i < PanelSource::COUNT; i++)
-            Q.after(panel).put(row + 8 * i, col, x[i]);
-    }
-    fence_proxy_async();
-}
-
-/* S = Q K^T; Q and K have KEY_PANELS panels. */
-static __device__ __forceinline__ void multiply_scores(Scores &S, SplitPanel Q, SplitPanel K) {
-    wgmma_fence();
-#pragma unroll
-    for (int product = 0; product < BF16_PRODUCTS; product++) {
-        int of_q, of_k;
-        parts_of_product(product, of_q, of_k);
-        Q = Q.anew();
-        K = K.anew();
-#pragma unroll
-        for (int d = 0; d < DEPTH; d += 16) {
-            const auto a = Q.sum_over_cols(of_q, d), b = K.sum_over_cols(of_k, d);
-            if (product == 0 && d == 0)
-                Wgmma<BLOCK_N>::multiply(S, a, b);
-            else
-                Wgmma<BLOCK_N>::multiply_add(S, a, b);
-        }
-    }
-    wgmma_commit();
-}
-
-/* X = P V, of the columns of a panel. */
-template <int TILES>
-static __device__ __forceinline__ void
-multiply_values(float (&X)[TILES][4], const ProbabilityParts &P, SplitPanel V, int zero) {
-    V = V.anew();
-    wgmma_fence();
-#pragma unroll
-    for (int product = 0; product < BF16_PRODUCTS; product++) {
-        int of_p, of_v;
-        parts_of_product(product, of_p, of_v);
-#pragma unroll
-        for (int step = 0; step < KEY_STEPS; step++) {
-            const auto b = V.sum_over_rows(of_v, 16 * step);
-            if (product == 0 && step == 0)
-                Wgmma<8 * TILES>::multiply(X, P[of_p][step], b, zero);
-            else
-                Wgmma<8 * TILES>::multiply_add(X, P[of_p][step], b);
-        }
-    }
-    wgmma_commit();
-}
-
-template <int TILES>
-static __device__ __forceinline__ void add_to_output(Output &O, int first,
-                                                     const float (&X)[TILES][4]) {
-#pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int x = 0; x < 4; x++)
-            O[first + n][x] += X[n][x];
-}
 
 /* What is kept is divided by 1 - dropout_p at the end, in O. */
 static __device__ __forceinline__ void drop(Probabilities &P, const Dropout &dropout, int row,
@@ -263,7 +190,7 @@ static __device__ __forceinline__ void drop(Probabilities &P, const Dropout &dro
     }
 }
 
-static __device__ __forceinline__ void split_probabilities(ProbabilityParts &parts,
+static __device__ __forceinline__ void split_probabilities(SplitOperand<KEY_STEPS> &parts,
                                                            const Probabilities &P) {
 #pragma unroll
     for (int step = 0; step < KEY_STEPS; step++)
@@ -301,21 +228,7 @@ static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, 
         if (t == 0)
             p.lse[((long long)work.b * p.heads_q + work.h) * p.seq_q + i] =
                 softmax.m[r] * LN2 + logf(sum);
-        float *row = row_of(p.out, work.b, work.h, i);
-#pragma unroll
-        for (int n = 0; n < OUT_TILES; n++) {
-            const int col = 8 * n + 2 * t;
-            const float first = O[n][2 * r] * f, second = O[n][2 * r + 1] * f;
-            if (FA_ALIGNED && (HEAD_DIM_V % 8 == 0 || col + 1 < HEAD_DIM_V)) {
-                if (col < HEAD_DIM_V)
-                    *(float2 *)(row + col) = make_float2(first, second);
-            } else {
-                if (col < HEAD_DIM_V)
-                    row[col] = first;
-                if (col + 1 < HEAD_DIM_V)
-                    row[col + 1] = second;
-            }
-        }
+        store_row<HEAD_DIM_V>(row_of(p.out, work.b, work.h, i), O, r, f);
     }
 }
 
@@ -351,18 +264,18 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             pass_by(more_values, tile);
     };
 
-    bring_Q(Q, row_of(p.q, b, h, row), p.q.stride_row, p.seq_q - row);
+    split_rows<HEAD_DIM>(Q, row_of(p.q, b, h, row), p.q.stride_row, p.seq_q - row);
     barrier_sync(Q_READY + 1 + w, 128);
 
     Softmax softmax;
     Scores S;
-    ProbabilityParts P;
+    SplitOperand<KEY_STEPS> P;
     Output O;
     set_to_zero(O);
 
     const auto start_scores = [&](int tile) {
         keys.wait_full(tile);
-        multiply_scores(S, Q, K.after(tile % STAGES * KEY_PANELS));
+        multiply_split_cols<DEPTH>(S, Q, K.after(tile % STAGES * KEY_PANELS));
     };
     const auto finish_scores_of = [&](int tile) {
         wgmma_wait<0>();
@@ -385,22 +298,22 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     auto &Y = reinterpret_cast<float (&)[SECOND_TILES][4]>(X);
     const auto start_first = [&](int tile) {
         values.wait_full(tile);
-        multiply_values(X, P, V.after(tile % STAGES * VALUE_PANELS), zero);
+        multiply_split_rows(X, P, V.after(tile % STAGES * VALUE_PANELS), zero);
     };
     const auto finish_first = [&](int tile) {
         pin(X);
         release(values.empty_of(tile));
-        add_to_output(O, 0, X);
+        add_to_sum(O, 0, X);
     };
     const auto start_second = [&](int tile) {
         more_values.wait_full(tile);
-        multiply_values(Y, P, V.after(tile % STAGES * VALUE_PANELS + 1), zero);
+        multiply_split_rows(Y, P, V.after(tile % STAGES * VALUE_PANELS + 1), zero);
     };
     const auto finish_second = [&](int tile) {
         wgmma_wait<0>();
         pin(Y);
         release(more_values.empty_of(tile));
-        add_to_output(O, FIRST_TILES, Y);
+        add_to_sum(O, FIRST_TILES, Y);
     };
 
     const Tiles own(p, row, 64);
