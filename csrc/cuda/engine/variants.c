@@ -20,6 +20,7 @@ static const struct {
     [FA_CUDA_FORWARD_F32_SM90] = {"forward_f32_sm90.cu", "fa_forward_f32_sm90"},
     [FA_CUDA_BACKWARD_SM90] = {"backward_sm90.cu", "fa_backward_sm90"},
     [FA_CUDA_BACKWARD_WIDE_SM90] = {"backward_wide_sm90.cu", "fa_backward_wide_sm90"},
+    [FA_CUDA_BACKWARD_F32_SM90] = {"backward_f32_sm90.cu", "fa_backward_f32_sm90"},
 };
 
 const char *fa_cuda_file(const struct fa_cuda_variant *v) {
@@ -334,11 +335,11 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
 
 int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
+    const int is_f32 = p->dtype == FA_FLOAT32;
     int count = 0;
     if (!is_backward(p)) {
         struct fa_cuda_step *forward = &steps[count++];
         *forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        const int is_f32 = p->dtype == FA_FLOAT32;
         forward->not_sm90 =
             is_f32 ? fa_cuda_not_forward_f32_sm90(p, arch) : fa_cuda_not_forward_sm90(p, arch);
         if (!forward->not_sm90)
@@ -348,9 +349,10 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
     struct fa_cuda_step *backward = &steps[count++];
     *backward = step(FA_CUDA_BACKWARD, p, arch, sm_count);
-    backward->not_sm90 = fa_cuda_not_backward_sm90(p, arch);
+    backward->not_sm90 =
+        is_f32 ? fa_cuda_not_backward_f32_sm90(p, arch) : fa_cuda_not_backward_sm90(p, arch);
     if (!backward->not_sm90)
-        fa_cuda_backward_sm90(p, backward);
+        (is_f32 ? fa_cuda_backward_f32_sm90 : fa_cuda_backward_sm90)(p, backward);
     if (p->dq.data)
         steps[count++] =
             step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);

@@ -59,13 +59,18 @@ struct SplitPanel {
         return first >> 32 << 32 | ((unsigned)first + bytes / 16);
     }
 
+    /* Of a part, the 16 bytes with columns col .. col + 7 of a row. */
+    __device__ __forceinline__ unsigned chunk(int part, int row, int col) const {
+        return Plane{address}.chunk(row, col) + part * Plane::BYTES;
+    }
+
     /* What one of 128 threads has as the i-th of its PanelSource. */
     __device__ __forceinline__ void put(int i, const float4 &x) const {
         const int row = threadIdx.x % 128 / 16 + 8 * i, col = threadIdx.x % 16 * 4;
         unsigned left[BF16_PARTS], right[BF16_PARTS];
         split(left, x.x, x.y);
         split(right, x.z, x.w);
-        const unsigned at = Plane{address}.chunk(row, col) + col % 8 * 2;
+        const unsigned at = chunk(0, row, col) + col % 8 * 2;
 #pragma unroll
         for (int i = 0; i < BF16_PARTS; i++)
             store_shared_2(at + i * Plane::BYTES, left[i], right[i]);

@@ -1,0 +1,370 @@
+/* The FlashAttention backward of float32 for sm_90a, with wgmma: backward_sm90.cu with operands
+ * that are split into three parts (bf16x3.cuh).
+ *
+ * A block owns 64 keys of one key head for each warpgroup that computes; the queries of every head
+ * of the group pass by BLOCK_M at a time. Its first warpgroup fetches Q and dO and splits them.
+ * Each of the others keeps dK and dV of its keys in registers:
+ *
+ *     S^T = K Q^T, dP^T = V dO^T    64 keys x BLOCK_M
+ *     dV += P^T dO, dK += dS^T Q    64 keys x all columns
+ *     dQ = dS K                     BLOCK_M x all columns, of 64 keys
+ *
+ * Scores are transposed because as accumulators P^T and dS^T have the layout of the first operand
+ * of the products with dO and Q; for dQ the parts of dS go through shared memory. Tensor cores
+ * round sums toward zero, which would add up over a long sequence: each product is a sum of its
+ * own, which the threads add to dK and dV, and to dQ in global memory.
+ *
+ * Compiled with: HEAD_DIM, HEAD_DIM_V (both at most 128), BLOCK_M, BLOCK_N, Q_BUFFERS, STAGES (1,
+ * of dO), FA_ALIGNED, FA_WINDOW. */
+#include "backward_sm90.cuh"
+#include "bf16x3.cuh"
+#include "tile.cuh"
+
+constexpr int CONSUMERS = BLOCK_N / KEYS; /* warpgroups that compute */
+constexpr int KEY_PANELS = (DEPTH + 63) / 64, VALUE_PANELS = (DEPTH_V + 63) / 64;
+static_assert(BLOCK_M == 64 && THREADS == 128 * (CONSUMERS + 1), "see above");
+static_assert(KEY_PANELS <= 2 && VALUE_PANELS <= 2, "what registers and shared memory hold");
+
+/* 8 columns each: of a first panel, and of the second. */
+constexpr int FIRST_K = KEY_PANELS == 2 ? 8 : DEPTH / 8;
+constexpr int SECOND_K = KEY_PANELS == 2 ? DEPTH / 8 - 8 : FIRST_K;
+constexpr int FIRST_V = VALUE_PANELS == 2 ? 8 : DEPTH_V / 8;
+constexpr int SECOND_V = VALUE_PANELS == 2 ? DEPTH_V / 8 - 8 : FIRST_V;
+
+/* Registers of a thread that splits and of one that computes, where two warpgroups compute; where
+ * one does, there are 255 for all. The latter holds DEPTH / 2 of dK, DEPTH_V / 2 of dV, 48 of P's
+ * or dS's parts, 32 of a product: 208 for a head size of 128. */
+constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
+
+/* Named barriers: one a warpgroup each, by its number in the block. */
+enum { dQ_DONE = 0, dS_READY = 2 };
+
+/* All of shared memory. */
+struct Shared {
+    unsigned char K[CONSUMERS][KEY_PANELS][SplitPanel::BYTES];
+    unsigned char V[CONSUMERS][VALUE_PANELS][SplitPanel::BYTES];
+    unsigned char Q[Q_BUFFERS][KEY_PANELS][SplitPanel::BYTES];
+    unsigned char dO[VALUE_PANELS][SplitPanel::BYTES];
+    unsigned char dS[CONSUMERS][SplitPanel::BYTES]; /* transposed */
+    float4 stats[Q_BUFFERS][BLOCK_M / 2];           /* row_stats of two queries; come with Q */
+    mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
+    mbarrier dO_full[1], dO_empty[1];
+};
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+
+/* --- the warpgroup that splits --- */
+
+/* The panels of a tile of queries: those of dO, of which room is free first, then of Q. */
+constexpr int TILE_PANELS = VALUE_PANELS + KEY_PANELS;
+
+static __device__ __forceinline__ PanelSource source_of(const fa_kernel_params &p, int b,
+                                                        QueryTile tile, int place) {
+    const bool is_Q = place >= VALUE_PANELS;
+    const fa_kernel_tensor &tensor = is_Q ? p.q : p.dout;
+    return PanelSource(row_of(tensor, b, tile.h, tile.i), tensor.stride_row, p.seq_q - tile.i,
+                       is_Q ? HEAD_DIM : HEAD_DIM_V, is_Q ? place - VALUE_PANELS : place);
+}
+
+/* While a panel is split, the next one is on its way to the same registers. */
+static __device__ __forceinline__ void bring_panels(const fa_kernel_params &p, Shared &shared,
+                                                    const Work &work, const QueryTiles &queries) {
+    QueryTile tile = queries.first();
+    if (!queries.has(tile))
+        return;
+    float4 x[PanelSource::COUNT];
+    PanelSource first = source_of(p, work.b, tile, 0);
+#pragma unroll
+    for (int i = 0; i < PanelSource::COUNT; i++)
+        x[i] = first.fetch();
+    for (int n = 0, place = 0; queries.has(tile);) {
+        const bool is_Q = place >= VALUE_PANELS, is_last = place == TILE_PANELS - 1;
+        const int buffer = n % Q_BUFFERS;
+        const bool brings_stats = place == VALUE_PANELS && threadIdx.x < BLOCK_M / 2;
+        float4 stats;
+        if (brings_stats)
+            stats = ((const float4 *)row_stats(p, work.b, tile.h, tile.i))[threadIdx.x];
+        QueryTile following = is_last ? queries.after(tile) : tile;
+        if (!queries.has(following))
+            following = tile; /* fetched in vain */
+        PanelSource next = source_of(p, work.b, following, is_last ? 0 : place + 1);
+
+        const SplitPanel panel{is_Q ? shared_address(shared.Q[buffer][place - VALUE_PANELS])
+                                    : shared_address(shared.dO[place])};
+        if (is_Q)
+            wait_empty(shared.Q_empty, n);
+        else
+            wait_empty(shared.dO_empty, n);
+#pragma unroll
+        for (int i = 0; i < PanelSource::COUNT; i++) {
+            panel.put(i, x[i]);
+            x[i] = next.fetch();
+        }
+        if (brings_stats)
+            shared.stats[buffer][threadIdx.x] = stats;
+        fence_proxy_async();
+        release(is_Q ? &shared.Q_full[buffer] : &shared.dO_full[0]);
+
+        place++;
+        if (is_last) {
+            tile = queries.after(tile);
+            place = 0;
+            n++;
+        }
+    }
+}
+
+/* --- a warpgroup that computes --- */
+
+using Parts = SplitOperand<QUERY_TILES / 2>; /* of P^T and dS^T */
+
+static __device__ __forceinline__ void split_scores(Parts &parts, const Scores &C) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            unsigned part[BF16_PARTS];
+            split(part, C[m][2 * r], C[m][2 * r + 1]);
+#pragma unroll
+            for (int i = 0; i < BF16_PARTS; i++)
+                parts[i][m / 2][m % 2 * 2 + r] = part[i];
+        }
+}
+
+/* dP becomes dS = P (dP - delta). There are no registers to keep P beside its parts, of which it is
+ * the exact sum. */
+static __device__ __forceinline__ void differentiate(Scores &dP, const Parts &P,
+                                                     const float4 *stats) {
+    const int t = lane_anew() % 4;
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++) {
+        const float4 pair = stats[4 * m + t];
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            float P_x = 0;
+#pragma unroll
+            for (int i = BF16_PARTS - 1; i >= 0; i--) {
+                const unsigned both = P[i][m / 2][m % 2 * 2 + x / 2];
+                P_x += __uint_as_float(x % 2 ? both & 0xffff0000 : both << 16);
+            }
+            dP[m][x] = P_x * (dP[m][x] - (x % 2 ? pair.w : pair.y));
+        }
+    }
+}
+
+/* A warp's 16 rows of dS^T. */
+static __device__ __forceinline__ void put_parts(SplitPanel panel, const Parts &dS) {
+    const int lane = lane_anew(), row = thread_index() % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < BF16_PARTS; i++)
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES / 2; m++)
+            stmatrix_x4(panel.chunk(i, row, 16 * m + lane / 16 * 8), dS[i][m][0], dS[i][m][1],
+                        dS[i][m][2], dS[i][m][3]);
+    fence_proxy_async();
+}
+
+/* C = dS K, of the first columns of a panel of K. */
+template <int TILES>
+static __device__ __forceinline__ void multiply_keys(float (&C)[TILES][4], SplitPanel dS,
+                                                     SplitPanel K) {
+    wgmma_fence();
+#pragma unroll
+    for (int product = 0; product < BF16_PRODUCTS; product++) {
+        int of_s, of_k;
+        parts_of_product(product, of_s, of_k);
+        dS = dS.anew();
+        K = K.anew();
+#pragma unroll
+        for (int key = 0; key < KEYS; key += 16) {
+            const auto a = dS.sum_over_rows(of_s, key), b = K.sum_over_rows(of_k, key);
+            if (product == 0 && key == 0)
+                Wgmma<8 * TILES>::template multiply<OVER_ROWS, OVER_ROWS>(C, a, b);
+            else
+                Wgmma<8 * TILES>::template multiply_add<OVER_ROWS, OVER_ROWS>(C, a, b);
+        }
+    }
+    wgmma_commit();
+}
+
+/* Adds 16 queries x 16 columns to the sum of dQ in global memory, where of 16 columns first the
+ * even ones lie, then the odd ones: lanes of neighbouring columns exchange one each. */
+static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, int b, QueryTile at,
+                                              int col, const float (&left)[4],
+                                              const float (&right)[4]) {
+    const int lane = lane_anew(), g = lane / 4, t = lane % 4;
+    const bool odd = t % 2;
+    float *tile = dq_sum_tile(p, b, at.h, at.i, col + 8 * odd);
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const auto &C = n ? right : left;
+        const float top = __shfl_xor_sync(~0u, odd ? C[0] : C[1], 1);
+        const float bottom = __shfl_xor_sync(~0u, odd ? C[2] : C[3], 1);
+        const float sum[4] = {odd ? top : C[0], odd ? C[1] : top, odd ? bottom : C[2],
+                              odd ? C[3] : bottom};
+        reduce_add_v4(tile + 4 * (4 * g + 2 * n + t / 2), sum);
+    }
+}
+template <int TILES>
+static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, int b, QueryTile at,
+                                              int col, const float (&C)[TILES][4]) {
+    at.i += uniform(thread_index() / 32) % 4 * 16;
+    if (at.i < p.seq_q) {
+#pragma unroll
+        for (int n = 0; n < TILES; n += 2)
+            add_dQ(p, b, at, col + 8 * n, C[n], C[n + 1]);
+    }
+}
+
+/* Warpgroup w of those that compute. */
+static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared &shared,
+                                               const Work &work, const QueryTiles &queries, int w) {
+    const int key = work.first_key + KEYS * w;
+    const SplitPanel K{shared_address(shared.K) + w * KEY_PANELS * SplitPanel::BYTES};
+    const SplitPanel V{shared_address(shared.V) + w * VALUE_PANELS * SplitPanel::BYTES};
+    const SplitPanel dS{shared_address(shared.dS) + w * SplitPanel::BYTES};
+    const SplitPanel dO{shared_address(shared.dO)};
+    const auto Q = [&](unsigned n) {
+        return SplitPanel{shared_address(shared.Q)}.after(n % Q_BUFFERS * KEY_PANELS);
+    };
+    split_rows<HEAD_DIM>(K, row_of(p.k, work.b, work.h, key), p.k.stride_row, p.seq_k - key);
+    split_rows<HEAD_DIM_V>(V, row_of(p.v, work.b, work.h, key), p.v.stride_row, p.seq_k - key);
+    barrier_sync(dS_READY + 1 + w, 128);
+
+    Gradient<DEPTH> dK;
+    Gradient<DEPTH_V> dV;
+    set_to_zero(dK);
+    set_to_zero(dV);
+    QueryTile tile = queries.first();
+    if (queries.has(tile)) {
+        unsigned n = 0; /* tiles so far */
+        const int zero = p.blocks < 0;
+        Scores S; /* and dP */
+        Parts P;  /* and dS */
+        float X[8][4], dQ[KEY_PANELS][8][4];
+        set_to_zero(X);
+        auto &dV_first = reinterpret_cast<float (&)[FIRST_V][4]>(X);
+        auto &dV_second = reinterpret_cast<float (&)[SECOND_V][4]>(X);
+        auto &dK_first = reinterpret_cast<float (&)[FIRST_K][4]>(X);
+        auto &dK_second = reinterpret_cast<float (&)[SECOND_K][4]>(X);
+        auto &dQ_first = reinterpret_cast<float (&)[FIRST_K][4]>(dQ[0]);
+        auto &dQ_second = reinterpret_cast<float (&)[SECOND_K][4]>(dQ[KEY_PANELS - 1]);
+
+        const auto start_scores = [&](unsigned n) {
+            wait_full(shared.Q_full, n);
+            multiply_split_cols<DEPTH>(S, K, Q(n));
+        };
+        /* S becomes P. */
+        const auto finish_scores = [&](unsigned n, QueryTile tile) {
+            wgmma_wait<0>();
+            pin(S);
+            exponentiate(p, S, shared.stats[n % Q_BUFFERS], Dropout(p, work.b, tile.h), tile.i,
+                         key + uniform(thread_index() / 32) % 4 * 16);
+            split_scores(P, S);
+        };
+        /* All that is made of P; dQ is left under way. */
+        const auto multiply = [&] {
+            wait_full(shared.dO_full, n);
+            multiply_split_rows(dV_first, P, dO, zero);
+            if (VALUE_PANELS == 2) {
+                wgmma_wait<0>();
+                pin(dV_first);
+                add_to_sum(dV, 0, dV_first);
+                multiply_split_rows(dV_second, P, dO.after(1), zero);
+            }
+            if (CONSUMERS == 1) { /* no registers for both */
+                wgmma_wait<0>();
+                pin(dV_second);
+                add_to_sum(dV, DEPTH_V / 8 - SECOND_V, dV_second);
+            }
+            multiply_split_cols<DEPTH_V>(S, V, dO);
+            if (CONSUMERS > 1) {
+                wgmma_wait<1>();
+                pin(dV_second);
+                add_to_sum(dV, DEPTH_V / 8 - SECOND_V, dV_second);
+            }
+            wgmma_wait<0>();
+            pin(S);
+            release(&shared.dO_empty[0]);
+            differentiate(S, P, shared.stats[n % Q_BUFFERS]);
+            split_scores(P, S);
+            barrier_sync(dQ_DONE + 1 + w, 128); /* of the tile before, by all warps */
+            put_parts(dS, P);
+            multiply_split_rows(dK_first, P, Q(n), zero);
+            if (KEY_PANELS == 2) {
+                wgmma_wait<0>();
+                pin(dK_first);
+                add_to_sum(dK, 0, dK_first);
+                multiply_split_rows(dK_second, P, Q(n).after(1), zero);
+            }
+            barrier_sync(dS_READY + 1 + w, 128);
+            multiply_keys(dQ_first, dS, K);
+            wgmma_wait<1>();
+            pin(dK_second);
+            release(&shared.Q_empty[n % Q_BUFFERS]);
+            add_to_sum(dK, DEPTH / 8 - SECOND_K, dK_second);
+            if (KEY_PANELS == 2)
+                multiply_keys(dQ_second, dS, K.after(1));
+        };
+        const auto add = [&](QueryTile tile) {
+            pin(dQ_first);
+            pin(dQ_second);
+            if (!p.dq_sum)
+                return;
+            add_dQ(p, work.b, tile, 0, dQ_first);
+            if (KEY_PANELS == 2)
+                add_dQ(p, work.b, tile, 64, dQ_second);
+        };
+
+        start_scores(0);
+        finish_scores(0, tile);
+        for (QueryTile next; next = queries.after(tile), queries.has(next); tile = next, n++) {
+            multiply();
+            start_scores(n + 1);
+            wgmma_wait<1>();
+            add(tile);
+            finish_scores(n + 1, next);
+        }
+        multiply();
+        wgmma_wait<0>();
+        add(tile);
+    }
+
+    const int first = key + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        if (first + 8 * r >= p.seq_k)
+            continue;
+        if (p.dk.data)
+            store_row<HEAD_DIM>(row_of(p.dk, work.b, work.h, first + 8 * r), dK, r, p.scale);
+        if (p.dv.data)
+            store_row<HEAD_DIM_V>(row_of(p.dv, work.b, work.h, first + 8 * r), dV, r, 1);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    fa_backward_f32_sm90(const __grid_constant__ fa_kernel_params p) {
+    Shared &shared = *(Shared *)shared_memory;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Q_BUFFERS; i++) { /* by each warp */
+            mbarrier_init(&shared.Q_full[i], 4 * KEY_PANELS);
+            mbarrier_init(&shared.Q_empty[i], 4 * CONSUMERS);
+        }
+        mbarrier_init(&shared.dO_full[0], 4 * VALUE_PANELS);
+        mbarrier_init(&shared.dO_empty[0], 4 * CONSUMERS);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+
+    const Work work(p);
+    const QueryTiles queries(p, work.h, work.first_key);
+    const int warpgroup = uniform(threadIdx.x / 128);
+    if (warpgroup == 0) {
+        if (CONSUMERS > 1)
+            registers_decrease<PRODUCER_REGISTERS>();
+        bring_panels(p, shared, work, queries);
+    } else {
+        if (CONSUMERS > 1)
+            registers_increase<CONSUMER_REGISTERS>();
+        compute(p, shared, work, queries, warpgroup - 1);
+    }
+}
