@@ -36,6 +36,9 @@ constexpr int SECOND_V = VALUE_PANELS == 2 ? DEPTH_V / 8 - 8 : FIRST_V;
  * or dS's parts, 32 of a product: 208 for a head size of 128. */
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
 
+/* Whether there are registers for a product beside one that is on its way to dV or dK. */
+constexpr bool AHEAD = KEY_PANELS + VALUE_PANELS < 4;
+
 /* Named barriers: one a warpgroup each, by its number in the block. */
 enum { dQ_DONE = 0, dS_READY = 2 };
 
@@ -142,10 +145,11 @@ static __device__ __forceinline__ void differentiate(Scores &dP, const Parts &P,
         for (int x = 0; x < 4; x++) {
             float P_x = 0;
 #pragma unroll
-            for (int i = BF16_PARTS - 1; i >= 0; i--) {
-                const unsigned both = P[i][m / 2][m % 2 * 2 + x / 2];
-                P_x += __uint_as_float(x % 2 ? both & 0xffff0000 : both << 16);
-            }
+            for (int i = BF16_PARTS - 1; i >= 0; i--)
+                /* The half of a word, by an instruction that split() does not use: else the
+                 * compiler keeps what that has computed, in twice as many registers. */
+                P_x += __uint_as_float(
+                    __byte_perm(P[i][m / 2][m % 2 * 2 + x / 2], 0, x % 2 ? 0x3244 : 0x1044));
             dP[m][x] = P_x * (dP[m][x] - (x % 2 ? pair.w : pair.y));
         }
     }
@@ -166,7 +170,7 @@ static __device__ __forceinline__ void put_parts(SplitPanel panel, const Parts &
 /* C = dS K, of the first columns of a panel of K. */
 template <int TILES>
 static __device__ __forceinline__ void multiply_keys(float (&C)[TILES][4], SplitPanel dS,
-                                                     SplitPanel K) {
+                                                     SplitPanel K, int zero) {
     wgmma_fence();
 #pragma unroll
     for (int product = 0; product < BF16_PRODUCTS; product++) {
@@ -178,7 +182,7 @@ static __device__ __forceinline__ void multiply_keys(float (&C)[TILES][4], Split
         for (int key = 0; key < KEYS; key += 16) {
             const auto a = dS.sum_over_rows(of_s, key), b = K.sum_over_rows(of_k, key);
             if (product == 0 && key == 0)
-                Wgmma<8 * TILES>::template multiply<OVER_ROWS, OVER_ROWS>(C, a, b);
+                Wgmma<8 * TILES>::template multiply_over<OVER_ROWS, OVER_ROWS>(C, a, b, zero);
             else
                 Wgmma<8 * TILES>::template multiply_add<OVER_ROWS, OVER_ROWS>(C, a, b);
         }
@@ -208,7 +212,7 @@ template <int TILES>
 static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, int b, QueryTile at,
                                               int col, const float (&C)[TILES][4]) {
     at.i += uniform(thread_index() / 32) % 4 * 16;
-    if (at.i < p.seq_q) {
+    if (p.dq_sum && at.i < p.seq_q) {
 #pragma unroll
         for (int n = 0; n < TILES; n += 2)
             add_dQ(p, b, at, col + 8 * n, C[n], C[n + 1]);
@@ -234,99 +238,79 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     Gradient<DEPTH_V> dV;
     set_to_zero(dK);
     set_to_zero(dV);
-    QueryTile tile = queries.first();
-    if (queries.has(tile)) {
-        unsigned n = 0; /* tiles so far */
-        const int zero = p.blocks < 0;
-        Scores S; /* and dP */
-        Parts P;  /* and dS */
-        float X[8][4], dQ[KEY_PANELS][8][4];
-        set_to_zero(X);
-        auto &dV_first = reinterpret_cast<float (&)[FIRST_V][4]>(X);
-        auto &dV_second = reinterpret_cast<float (&)[SECOND_V][4]>(X);
-        auto &dK_first = reinterpret_cast<float (&)[FIRST_K][4]>(X);
-        auto &dK_second = reinterpret_cast<float (&)[SECOND_K][4]>(X);
-        auto &dQ_first = reinterpret_cast<float (&)[FIRST_K][4]>(dQ[0]);
-        auto &dQ_second = reinterpret_cast<float (&)[SECOND_K][4]>(dQ[KEY_PANELS - 1]);
+    const int zero = p.blocks < 0; /* see Wgmma */
+    Scores S;                      /* then P, dP, dS, and dQ */
+    Parts P;                       /* then dS */
+    Scores ahead;
+    auto &X = AHEAD ? ahead : S; /* on the way to dV or dK */
+    set_to_zero(S);
+    set_to_zero(ahead);
+    auto &dV_first = reinterpret_cast<float (&)[FIRST_V][4]>(X);
+    auto &dV_second = reinterpret_cast<float (&)[SECOND_V][4]>(X);
+    auto &dK_first = reinterpret_cast<float (&)[FIRST_K][4]>(X);
+    auto &dK_second = reinterpret_cast<float (&)[SECOND_K][4]>(X);
+    auto &dQ_first = reinterpret_cast<float (&)[FIRST_K][4]>(S);
+    auto &dQ_second = reinterpret_cast<float (&)[SECOND_K][4]>(S);
 
-        const auto start_scores = [&](unsigned n) {
-            wait_full(shared.Q_full, n);
-            multiply_split_cols<DEPTH>(S, K, Q(n));
-        };
-        /* S becomes P. */
-        const auto finish_scores = [&](unsigned n, QueryTile tile) {
-            wgmma_wait<0>();
-            pin(S);
-            exponentiate(p, S, shared.stats[n % Q_BUFFERS], Dropout(p, work.b, tile.h), tile.i,
-                         key + uniform(thread_index() / 32) % 4 * 16);
-            split_scores(P, S);
-        };
-        /* All that is made of P; dQ is left under way. */
-        const auto multiply = [&] {
-            wait_full(shared.dO_full, n);
-            multiply_split_rows(dV_first, P, dO, zero);
-            if (VALUE_PANELS == 2) {
-                wgmma_wait<0>();
-                pin(dV_first);
-                add_to_sum(dV, 0, dV_first);
-                multiply_split_rows(dV_second, P, dO.after(1), zero);
-            }
-            if (CONSUMERS == 1) { /* no registers for both */
-                wgmma_wait<0>();
-                pin(dV_second);
-                add_to_sum(dV, DEPTH_V / 8 - SECOND_V, dV_second);
-            }
-            multiply_split_cols<DEPTH_V>(S, V, dO);
-            if (CONSUMERS > 1) {
-                wgmma_wait<1>();
-                pin(dV_second);
-                add_to_sum(dV, DEPTH_V / 8 - SECOND_V, dV_second);
-            }
-            wgmma_wait<0>();
-            pin(S);
-            release(&shared.dO_empty[0]);
-            differentiate(S, P, shared.stats[n % Q_BUFFERS]);
-            split_scores(P, S);
-            barrier_sync(dQ_DONE + 1 + w, 128); /* of the tile before, by all warps */
-            put_parts(dS, P);
-            multiply_split_rows(dK_first, P, Q(n), zero);
-            if (KEY_PANELS == 2) {
-                wgmma_wait<0>();
-                pin(dK_first);
-                add_to_sum(dK, 0, dK_first);
-                multiply_split_rows(dK_second, P, Q(n).after(1), zero);
-            }
-            barrier_sync(dS_READY + 1 + w, 128);
-            multiply_keys(dQ_first, dS, K);
-            wgmma_wait<1>();
-            pin(dK_second);
-            release(&shared.Q_empty[n % Q_BUFFERS]);
-            add_to_sum(dK, DEPTH / 8 - SECOND_K, dK_second);
-            if (KEY_PANELS == 2)
-                multiply_keys(dQ_second, dS, K.after(1));
-        };
-        const auto add = [&](QueryTile tile) {
-            pin(dQ_first);
-            pin(dQ_second);
-            if (!p.dq_sum)
-                return;
-            add_dQ(p, work.b, tile, 0, dQ_first);
-            if (KEY_PANELS == 2)
-                add_dQ(p, work.b, tile, 64, dQ_second);
-        };
-
-        start_scores(0);
-        finish_scores(0, tile);
-        for (QueryTile next; next = queries.after(tile), queries.has(next); tile = next, n++) {
-            multiply();
-            start_scores(n + 1);
-            wgmma_wait<1>();
-            add(tile);
-            finish_scores(n + 1, next);
-        }
-        multiply();
+    unsigned n = 0; /* tiles so far */
+    for (QueryTile tile = queries.first(); queries.has(tile); tile = queries.after(tile), n++) {
+        const auto &stats = shared.stats[n % Q_BUFFERS];
+        wait_full(shared.Q_full, n);
+        multiply_split_cols<DEPTH>(S, K, Q(n), zero);
         wgmma_wait<0>();
-        add(tile);
+        pin(S);
+        exponentiate(p, S, stats, Dropout(p, work.b, tile.h), tile.i,
+                     key + uniform(thread_index() / 32) % 4 * 16);
+        split_scores(P, S);
+
+        wait_full(shared.dO_full, n);
+        multiply_split_rows(dV_first, P, dO, zero);
+        if (VALUE_PANELS == 2) {
+            wgmma_wait<0>();
+            pin(dV_first);
+            add_to_sum(dV, 0, dV_first);
+            multiply_split_rows(dV_second, P, dO.after(1), zero);
+        }
+        if (AHEAD)
+            multiply_split_cols<DEPTH_V>(S, V, dO, zero);
+        wgmma_wait<AHEAD>();
+        pin(dV_second);
+        add_to_sum(dV, DEPTH_V / 8 - SECOND_V, dV_second);
+        if (!AHEAD)
+            multiply_split_cols<DEPTH_V>(S, V, dO, zero);
+        wgmma_wait<0>();
+        pin(S);
+        release(&shared.dO_empty[0]);
+        differentiate(S, P, stats);
+        split_scores(P, S);
+
+        barrier_sync(dQ_DONE + 1 + w, 128); /* of the tile before, by all warps */
+        put_parts(dS, P);
+        multiply_split_rows(dK_first, P, Q(n), zero);
+        if (KEY_PANELS == 2) {
+            wgmma_wait<0>();
+            pin(dK_first);
+            add_to_sum(dK, 0, dK_first);
+            multiply_split_rows(dK_second, P, Q(n).after(1), zero);
+        }
+        barrier_sync(dS_READY + 1 + w, 128);
+        if (AHEAD)
+            multiply_keys(dQ_first, dS, K, zero);
+        wgmma_wait<AHEAD>();
+        pin(dK_second);
+        release(&shared.Q_empty[n % Q_BUFFERS]);
+        add_to_sum(dK, DEPTH / 8 - SECOND_K, dK_second);
+        if (!AHEAD)
+            multiply_keys(dQ_first, dS, K, zero);
+        wgmma_wait<0>();
+        pin(dQ_first);
+        add_dQ(p, work.b, tile, 0, dQ_first);
+        if (KEY_PANELS == 2) {
+            multiply_keys(dQ_second, dS, K.after(1), zero);
+            wgmma_wait<0>();
+            pin(dQ_second);
+            add_dQ(p, work.b, tile, 64, dQ_second);
+        }
     }
 
     const int first = key + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4;

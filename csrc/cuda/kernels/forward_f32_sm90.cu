@@ -268,14 +268,16 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     barrier_sync(Q_READY + 1 + w, 128);
 
     Softmax softmax;
+    const int zero = p.blocks < 0; /* see Wgmma */
     Scores S;
     SplitOperand<KEY_STEPS> P;
     Output O;
     set_to_zero(O);
+    set_to_zero(S);
 
     const auto start_scores = [&](int tile) {
         keys.wait_full(tile);
-        multiply_split_cols<DEPTH>(S, Q, K.after(tile % STAGES * KEY_PANELS));
+        multiply_split_cols<DEPTH>(S, Q, K.after(tile % STAGES * KEY_PANELS), zero);
     };
     const auto finish_scores_of = [&](int tile) {
         wgmma_wait<0>();
@@ -294,7 +296,6 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     /* O += P V of a tile, of V's first panel and of its second. */
     float X[FIRST_TILES][4];
     set_to_zero(X);
-    const int zero = p.blocks < 0; /* see Wgmma */
     auto &Y = reinterpret_cast<float (&)[SECOND_TILES][4]>(X);
     const auto start_first = [&](int tile) {
         values.wait_full(tile);

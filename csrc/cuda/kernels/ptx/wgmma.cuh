@@ -107,6 +107,17 @@ template <int N> struct Wgmma;
                          : D_##N##_COLS("+f")                                                      \
                          : "l"(a), "l"(b), "n"(A), "n"(B));                                        \
         }                                                                                          \
+        /* Like multiply, but see `zero` below. */                                                 \
+        template <int A = OVER_COLS, int B = OVER_COLS>                                            \
+        static __device__ __forceinline__ void multiply_over(float (&d)[N / 8][4],                 \
+                                                             unsigned long long a,                 \
+                                                             unsigned long long b, int zero) {     \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, %" #in2 ", 0;\n"                           \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
+                         "}, %" #in0 ", %" #in1 ", p, 1, 1, %" #in3 ", %" #in4 ";}"                \
+                         : D_##N##_COLS("+f")                                                      \
+                         : "l"(a), "l"(b), "r"(zero), "n"(A), "n"(B));                             \
+        }                                                                                          \
         /* D = A B and D += A B; A in registers, the sum over rows of B. `zero` is 0, but the      \
          * compiler must not know: else it takes D for new and gives it other registers than what  \
          * was there before, although these may be all there are. */                               \

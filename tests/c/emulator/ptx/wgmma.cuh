@@ -29,6 +29,12 @@ template <int N> struct Wgmma {
         emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b, (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
     }
     template <int A = OVER_COLS, int B = OVER_COLS>
+    static inline void multiply_over(float (&d)[N / 8][4], unsigned long long a,
+                                     unsigned long long b, int zero) {
+        emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b,
+                  (zero ? EMU_ACCUMULATE : 0) | (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
+    }
+    template <int A = OVER_COLS, int B = OVER_COLS>
     static inline void multiply_add(float (&d)[N / 8][4], unsigned long long a,
                                     unsigned long long b) {
         emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b,
