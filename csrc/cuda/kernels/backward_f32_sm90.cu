@@ -212,10 +212,30 @@ template <int TILES>
 static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, int b, QueryTile at,
                                               int col, const float (&C)[TILES][4]) {
     at.i += uniform(thread_index() / 32) % 4 * 16;
+    asm volatile("" : "+r"(b)); /* addresses anew: there are no registers to keep them in */
     if (p.dq_sum && at.i < p.seq_q) {
 #pragma unroll
         for (int n = 0; n < TILES; n += 2)
             add_dQ(p, b, at, col + 8 * n, C[n], C[n + 1]);
+    }
+}
+
+/* Of the 16 keys of this warp among those of the block. */
+static __device__ __forceinline__ int first_key_of_warp() {
+    return uniform(thread_index() / 32) * 16 - 64;
+}
+
+static __device__ __forceinline__ void
+store_gradients(const fa_kernel_params &p, const Gradient<DEPTH> &dK, const Gradient<DEPTH_V> &dV) {
+    const Work work(p); /* anew: there are no registers to keep it in */
+    const int first = work.first_key + first_key_of_warp() + thread_index() % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int key = first + 8 * r;
+        if (key < p.seq_k && p.dk.data)
+            store_row<HEAD_DIM>(row_of(p.dk, work.b, work.h, key), dK, r, p.scale);
+        if (key < p.seq_k && p.dv.data)
+            store_row<HEAD_DIM_V>(row_of(p.dv, work.b, work.h, key), dV, r, 1);
     }
 }
 
@@ -260,7 +280,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         wgmma_wait<0>();
         pin(S);
         exponentiate(p, S, stats, Dropout(p, work.b, tile.h), tile.i,
-                     key + uniform(thread_index() / 32) % 4 * 16);
+                     work.first_key + first_key_of_warp());
         split_scores(P, S);
 
         wait_full(shared.dO_full, n);
@@ -313,16 +333,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         }
     }
 
-    const int first = key + thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        if (first + 8 * r >= p.seq_k)
-            continue;
-        if (p.dk.data)
-            store_row<HEAD_DIM>(row_of(p.dk, work.b, work.h, first + 8 * r), dK, r, p.scale);
-        if (p.dv.data)
-            store_row<HEAD_DIM_V>(row_of(p.dv, work.b, work.h, first + 8 * r), dV, r, 1);
-    }
+    store_gradients(p, dK, dV);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -349,6 +360,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         if (CONSUMERS > 1)
             registers_increase<CONSUMER_REGISTERS>();
-        compute(p, shared, work, queries, warpgroup - 1);
+        compute(p, shared, work, queries, CONSUMERS == 1 ? 0 : warpgroup - 1);
     }
 }
