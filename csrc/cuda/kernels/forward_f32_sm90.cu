@@ -273,11 +273,10 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     SplitOperand<KEY_STEPS> P;
     Output O;
     set_to_zero(O);
-    set_to_zero(S);
 
     const auto start_scores = [&](int tile) {
         keys.wait_full(tile);
-        multiply_split_cols<DEPTH>(S, Q, K.after(tile % STAGES * KEY_PANELS), zero);
+        multiply_split_cols<DEPTH>(S, Q, K.after(tile % STAGES * KEY_PANELS), 0);
     };
     const auto finish_scores_of = [&](int tile) {
         wgmma_wait<0>();
