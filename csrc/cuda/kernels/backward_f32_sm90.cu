@@ -16,14 +16,23 @@
  *
  * Compiled with: HEAD_DIM, HEAD_DIM_V (both at most 128), BLOCK_M, BLOCK_N, Q_BUFFERS, STAGES (1,
  * of dO), FA_ALIGNED, FA_WINDOW. */
-#include "backward_sm90.cuh"
+#include "accumulators.cuh"
 #include "bf16x3.cuh"
+#include "ptx/stmatrix.cuh"
+#include "query_tiles.cuh"
+#include "ring.cuh"
+#include "scores.cuh"
 #include "tile.cuh"
+#include "workspace.cuh"
 
+constexpr int KEYS = 64;                  /* of a warpgroup */
 constexpr int CONSUMERS = BLOCK_N / KEYS; /* warpgroups that compute */
+constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16, DEPTH_V = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int KEY_PANELS = (DEPTH + 63) / 64, VALUE_PANELS = (DEPTH_V + 63) / 64;
+constexpr int QUERY_TILES = BLOCK_M / 8;
 static_assert(BLOCK_M == 64 && THREADS == 128 * (CONSUMERS + 1), "see above");
 static_assert(KEY_PANELS <= 2 && VALUE_PANELS <= 2, "what registers and shared memory hold");
+static_assert(FA_STATS_ROWS % BLOCK_M == 0, "row_stats are there for whole tiles");
 
 /* 8 columns each: of a first panel, and of the second. */
 constexpr int FIRST_K = KEY_PANELS == 2 ? 8 : DEPTH / 8;
@@ -35,9 +44,6 @@ constexpr int SECOND_V = VALUE_PANELS == 2 ? DEPTH_V / 8 - 8 : FIRST_V;
  * one does, there are 255 for all. The latter holds DEPTH / 2 of dK, DEPTH_V / 2 of dV, 48 of P's
  * or dS's parts, 32 of a product: 208 for a head size of 128. */
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
-
-/* Whether there are registers for a product beside one that is on its way to dV or dK. */
-constexpr bool AHEAD = KEY_PANELS + VALUE_PANELS < 4;
 
 /* Named barriers: one a warpgroup each, by its number in the block. */
 enum { dQ_DONE = 0, dS_READY = 2 };
@@ -54,6 +60,16 @@ struct Shared {
     mbarrier dO_full[1], dO_empty[1];
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
+
+/* The block's keys. */
+struct Work {
+    int first_key, h, b; /* of the key head */
+
+    __device__ __forceinline__ explicit Work(const fa_kernel_params &p)
+        : first_key(uniform(blockIdx.x % p.blocks * BLOCK_N)),
+          h(uniform(blockIdx.x / p.blocks % p.heads_k)),
+          b(uniform(blockIdx.x / p.blocks / p.heads_k)) {}
+};
 
 /* --- the warpgroup that splits --- */
 
@@ -118,7 +134,30 @@ static __device__ __forceinline__ void bring_panels(const fa_kernel_params &p, S
 
 /* --- a warpgroup that computes --- */
 
+using Scores = float[QUERY_TILES][4]; /* transposed: rows are keys, see mma_16x8x16 */
+template <int COLS> using Gradient = float[COLS / 8][4];
 using Parts = SplitOperand<QUERY_TILES / 2>; /* of P^T and dS^T */
+
+/* S becomes P = exp(S - lse). */
+static __device__ __forceinline__ void exponentiate(const fa_kernel_params &p, Scores &S,
+                                                    const float4 *stats, int query, int warp_key) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++) {
+        const float4 pair = stats[4 * m + t];
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+            S[m][x] = probability(S[m][x] * p.scale_log2e, x % 2 ? pair.z : pair.x);
+    }
+    if (is_cut(p, query, BLOCK_M, warp_key, 16)) {
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+            for (int x = 0; x < 4; x++)
+                if (!is_visible(p, query + 8 * m + 2 * t + x % 2, warp_key + g + x / 2 * 8))
+                    S[m][x] = 0;
+    }
+}
 
 static __device__ __forceinline__ void split_scores(Parts &parts, const Scores &C) {
 #pragma unroll
@@ -137,7 +176,7 @@ static __device__ __forceinline__ void split_scores(Parts &parts, const Scores &
  * the exact sum. */
 static __device__ __forceinline__ void differentiate(Scores &dP, const Parts &P,
                                                      const float4 *stats) {
-    const int t = lane_anew() % 4;
+    const int t = threadIdx.x % 32 % 4;
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++) {
         const float4 pair = stats[4 * m + t];
@@ -157,7 +196,7 @@ static __device__ __forceinline__ void differentiate(Scores &dP, const Parts &P,
 
 /* A warp's 16 rows of dS^T. */
 static __device__ __forceinline__ void put_parts(SplitPanel panel, const Parts &dS) {
-    const int lane = lane_anew(), row = thread_index() % 128 / 32 * 16 + lane % 16;
+    const int lane = threadIdx.x % 32, row = thread_index() % 128 / 32 * 16 + lane % 16;
 #pragma unroll
     for (int i = 0; i < BF16_PARTS; i++)
 #pragma unroll
@@ -170,7 +209,7 @@ static __device__ __forceinline__ void put_parts(SplitPanel panel, const Parts &
 /* C = dS K, of the first columns of a panel of K. */
 template <int TILES>
 static __device__ __forceinline__ void multiply_keys(float (&C)[TILES][4], SplitPanel dS,
-                                                     SplitPanel K, int zero) {
+                                                     SplitPanel K) {
     wgmma_fence();
 #pragma unroll
     for (int product = 0; product < BF16_PRODUCTS; product++) {
@@ -182,7 +221,7 @@ static __device__ __forceinline__ void multiply_keys(float (&C)[TILES][4], Split
         for (int key = 0; key < KEYS; key += 16) {
             const auto a = dS.sum_over_rows(of_s, key), b = K.sum_over_rows(of_k, key);
             if (product == 0 && key == 0)
-                Wgmma<8 * TILES>::template multiply_over<OVER_ROWS, OVER_ROWS>(C, a, b, zero);
+                Wgmma<8 * TILES>::template multiply_over<OVER_ROWS, OVER_ROWS>(C, a, b);
             else
                 Wgmma<8 * TILES>::template multiply_add<OVER_ROWS, OVER_ROWS>(C, a, b);
         }
@@ -195,7 +234,7 @@ static __device__ __forceinline__ void multiply_keys(float (&C)[TILES][4], Split
 static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, int b, QueryTile at,
                                               int col, const float (&left)[4],
                                               const float (&right)[4]) {
-    const int lane = lane_anew(), g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const bool odd = t % 2;
     float *tile = dq_sum_tile(p, b, at.h, at.i, col + 8 * odd);
 #pragma unroll
@@ -212,7 +251,6 @@ template <int TILES>
 static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, int b, QueryTile at,
                                               int col, const float (&C)[TILES][4]) {
     at.i += uniform(thread_index() / 32) % 4 * 16;
-    asm volatile("" : "+r"(b)); /* addresses anew: there are no registers to keep them in */
     if (p.dq_sum && at.i < p.seq_q) {
 #pragma unroll
         for (int n = 0; n < TILES; n += 2)
@@ -225,9 +263,9 @@ static __device__ __forceinline__ int first_key_of_warp() {
     return uniform(thread_index() / 32) * 16 - 64;
 }
 
-static __device__ __forceinline__ void
-store_gradients(const fa_kernel_params &p, const Gradient<DEPTH> &dK, const Gradient<DEPTH_V> &dV) {
-    const Work work(p); /* anew: there are no registers to keep it in */
+static __device__ __forceinline__ void store_gradients(const fa_kernel_params &p, const Work &work,
+                                                       const Gradient<DEPTH> &dK,
+                                                       const Gradient<DEPTH_V> &dV) {
     const int first = work.first_key + first_key_of_warp() + thread_index() % 32 / 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -258,46 +296,36 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     Gradient<DEPTH_V> dV;
     set_to_zero(dK);
     set_to_zero(dV);
-    const int zero = p.blocks < 0; /* see Wgmma */
-    Scores S;                      /* then P, dP, dS, and dQ */
-    Parts P;                       /* then dS */
-    Scores ahead;
-    auto &X = AHEAD ? ahead : S; /* on the way to dV or dK */
+    Scores S; /* then P, dP, dS; and what is on its way to dV, dK or dQ */
+    Parts P;  /* then dS */
     set_to_zero(S);
-    set_to_zero(ahead);
-    auto &dV_first = reinterpret_cast<float (&)[FIRST_V][4]>(X);
-    auto &dV_second = reinterpret_cast<float (&)[SECOND_V][4]>(X);
-    auto &dK_first = reinterpret_cast<float (&)[FIRST_K][4]>(X);
-    auto &dK_second = reinterpret_cast<float (&)[SECOND_K][4]>(X);
-    auto &dQ_first = reinterpret_cast<float (&)[FIRST_K][4]>(S);
-    auto &dQ_second = reinterpret_cast<float (&)[SECOND_K][4]>(S);
+    auto &first_V = reinterpret_cast<float (&)[FIRST_V][4]>(S);
+    auto &second_V = reinterpret_cast<float (&)[SECOND_V][4]>(S);
+    auto &first_K = reinterpret_cast<float (&)[FIRST_K][4]>(S);
+    auto &second_K = reinterpret_cast<float (&)[SECOND_K][4]>(S);
 
     unsigned n = 0; /* tiles so far */
     for (QueryTile tile = queries.first(); queries.has(tile); tile = queries.after(tile), n++) {
         const auto &stats = shared.stats[n % Q_BUFFERS];
         wait_full(shared.Q_full, n);
-        multiply_split_cols<DEPTH>(S, K, Q(n), zero);
+        multiply_split_cols<DEPTH>(S, K, Q(n));
         wgmma_wait<0>();
         pin(S);
-        exponentiate(p, S, stats, Dropout(p, work.b, tile.h), tile.i,
-                     work.first_key + first_key_of_warp());
+        exponentiate(p, S, stats, tile.i, work.first_key + first_key_of_warp());
         split_scores(P, S);
 
         wait_full(shared.dO_full, n);
-        multiply_split_rows(dV_first, P, dO, zero);
+        multiply_split_rows(first_V, P, dO);
         if (VALUE_PANELS == 2) {
             wgmma_wait<0>();
-            pin(dV_first);
-            add_to_sum(dV, 0, dV_first);
-            multiply_split_rows(dV_second, P, dO.after(1), zero);
+            pin(first_V);
+            add_to_sum(dV, 0, first_V);
+            multiply_split_rows(second_V, P, dO.after(1));
         }
-        if (AHEAD)
-            multiply_split_cols<DEPTH_V>(S, V, dO, zero);
-        wgmma_wait<AHEAD>();
-        pin(dV_second);
-        add_to_sum(dV, DEPTH_V / 8 - SECOND_V, dV_second);
-        if (!AHEAD)
-            multiply_split_cols<DEPTH_V>(S, V, dO, zero);
+        wgmma_wait<0>();
+        pin(second_V);
+        add_to_sum(dV, DEPTH_V / 8 - SECOND_V, second_V);
+        multiply_split_cols<DEPTH_V>(S, V, dO);
         wgmma_wait<0>();
         pin(S);
         release(&shared.dO_empty[0]);
@@ -306,34 +334,31 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
 
         barrier_sync(dQ_DONE + 1 + w, 128); /* of the tile before, by all warps */
         put_parts(dS, P);
-        multiply_split_rows(dK_first, P, Q(n), zero);
+        multiply_split_rows(first_K, P, Q(n));
         if (KEY_PANELS == 2) {
             wgmma_wait<0>();
-            pin(dK_first);
-            add_to_sum(dK, 0, dK_first);
-            multiply_split_rows(dK_second, P, Q(n).after(1), zero);
+            pin(first_K);
+            add_to_sum(dK, 0, first_K);
+            multiply_split_rows(second_K, P, Q(n).after(1));
         }
         barrier_sync(dS_READY + 1 + w, 128);
-        if (AHEAD)
-            multiply_keys(dQ_first, dS, K, zero);
-        wgmma_wait<AHEAD>();
-        pin(dK_second);
-        release(&shared.Q_empty[n % Q_BUFFERS]);
-        add_to_sum(dK, DEPTH / 8 - SECOND_K, dK_second);
-        if (!AHEAD)
-            multiply_keys(dQ_first, dS, K, zero);
         wgmma_wait<0>();
-        pin(dQ_first);
-        add_dQ(p, work.b, tile, 0, dQ_first);
+        pin(second_K);
+        release(&shared.Q_empty[n % Q_BUFFERS]);
+        add_to_sum(dK, DEPTH / 8 - SECOND_K, second_K);
+        multiply_keys(first_K, dS, K);
+        wgmma_wait<0>();
+        pin(first_K);
+        add_dQ(p, work.b, tile, 0, first_K);
         if (KEY_PANELS == 2) {
-            multiply_keys(dQ_second, dS, K.after(1), zero);
+            multiply_keys(second_K, dS, K.after(1));
             wgmma_wait<0>();
-            pin(dQ_second);
-            add_dQ(p, work.b, tile, 64, dQ_second);
+            pin(second_K);
+            add_dQ(p, work.b, tile, 64, second_K);
         }
     }
 
-    store_gradients(p, dK, dV);
+    store_gradients(p, work, dK, dV);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

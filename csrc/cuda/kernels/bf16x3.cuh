@@ -138,11 +138,10 @@ static __device__ __forceinline__ void split_rows(SplitPanel to, const float *da
 /* The parts of an operand A, of 16 columns a step. */
 template <int STEPS> using SplitOperand = unsigned[BF16_PARTS][STEPS][4];
 
-/* C = A B^T, summed over columns, of which there are COLS; A and B are the first panels. `zero`:
- * see Wgmma. */
+/* C = A B^T, summed over columns, of which there are COLS; A and B are the first panels. */
 template <int COLS, int TILES>
 static __device__ __forceinline__ void multiply_split_cols(float (&C)[TILES][4], SplitPanel A,
-                                                           SplitPanel B, int zero) {
+                                                           SplitPanel B) {
     wgmma_fence();
 #pragma unroll
     for (int product = 0; product < BF16_PRODUCTS; product++) {
@@ -154,7 +153,7 @@ static __device__ __forceinline__ void multiply_split_cols(float (&C)[TILES][4],
         for (int col = 0; col < COLS; col += 16) {
             const auto a = A.sum_over_cols(of_a, col), b = B.sum_over_cols(of_b, col);
             if (product == 0 && col == 0)
-                Wgmma<8 * TILES>::template multiply_over<>(C, a, b, zero);
+                Wgmma<8 * TILES>::template multiply_over<>(C, a, b);
             else
                 Wgmma<8 * TILES>::multiply_add(C, a, b);
         }
@@ -165,7 +164,7 @@ static __device__ __forceinline__ void multiply_split_cols(float (&C)[TILES][4],
 /* C = A B, summed over the rows of B, the first columns of a panel. */
 template <int STEPS, int TILES>
 static __device__ __forceinline__ void
-multiply_split_rows(float (&C)[TILES][4], const SplitOperand<STEPS> &A, SplitPanel B, int zero) {
+multiply_split_rows(float (&C)[TILES][4], const SplitOperand<STEPS> &A, SplitPanel B) {
     B = B.anew();
     wgmma_fence();
 #pragma unroll
@@ -176,7 +175,7 @@ multiply_split_rows(float (&C)[TILES][4], const SplitOperand<STEPS> &A, SplitPan
         for (int step = 0; step < STEPS; step++) {
             const auto b = B.sum_over_rows(of_b, 16 * step);
             if (product == 0 && step == 0)
-                Wgmma<8 * TILES>::multiply(C, A[of_a][step], b, zero);
+                Wgmma<8 * TILES>::multiply_over(C, A[of_a][step], b);
             else
                 Wgmma<8 * TILES>::multiply_add(C, A[of_a][step], b);
         }

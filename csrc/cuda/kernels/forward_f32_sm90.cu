@@ -35,9 +35,6 @@ constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
 /* Whether S of the next tile is computed while P is still needed for V's second panel. */
 constexpr bool SCORES_AHEAD = VALUE_PANELS == 1 || !(FA_MASK || FA_DROPOUT);
 
-/* Named barriers: one a warpgroup each. */
-enum { TURN = 0, Q_READY = 2 }; /* and the number of a warpgroup */
-
 /* All of shared memory. */
 struct Shared {
     unsigned char Q[CONSUMERS][KEY_PANELS][SplitPanel::BYTES];
@@ -70,12 +67,12 @@ struct Ring {
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
-/* What a block works on. Read anew wherever it is wanted: there are no registers to keep it in. */
+/* What a block works on. Worked out wherever it is wanted: there are no registers to keep it in. */
 struct Work {
     int row, h, b; /* row: the first query */
 
     __device__ __forceinline__ Work(const fa_kernel_params &p) {
-        const int block = block_index();
+        const int block = blockIdx.x;
         /* Under a causal mask the last queries have the most keys: they start first. */
         row = (p.blocks - 1 - block % p.blocks) * BLOCK_M;
         h = block / p.blocks % p.heads_q;
@@ -232,17 +229,8 @@ static __device__ __forceinline__ void finish_output(const fa_kernel_params &p, 
     }
 }
 
-/* Warpgroups, 1 and 2, take turns in starting products, so that one multiplies while the other is
- * at its softmax. */
-static __device__ __forceinline__ void begin_turn() {
-    barrier_sync(TURN + thread_index() / 128, 256);
-}
-static __device__ __forceinline__ void end_turn() {
-    barrier_arrive(TURN + 3 - thread_index() / 128, 256);
-}
-
-/* Warpgroup w of those that compute. Both go past all tiles of the block and take a turn for each,
- * but a tile that its own queries do not see is passed by. */
+/* Warpgroup w of those that compute. It goes past all tiles of the block; those that its own
+ * queries do not see it only releases. */
 static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared &shared, int w) {
     const Work work(p);
     const Tiles tiles(p, work.row, BLOCK_M);
@@ -256,8 +244,6 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         release(ring.empty_of(tile));
     };
     const auto pass_tile_by = [&](int tile) {
-        begin_turn();
-        end_turn();
         pass_by(keys, tile);
         pass_by(values, tile);
         if (VALUE_PANELS == 2)
@@ -265,10 +251,9 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     };
 
     split_rows<HEAD_DIM>(Q, row_of(p.q, b, h, row), p.q.stride_row, p.seq_q - row);
-    barrier_sync(Q_READY + 1 + w, 128);
+    barrier_sync(1 + w, 128); /* of the warpgroup: its Q is there */
 
     Softmax softmax;
-    const int zero = p.blocks < 0; /* see Wgmma */
     Scores S;
     SplitOperand<KEY_STEPS> P;
     Output O;
@@ -276,7 +261,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
 
     const auto start_scores = [&](int tile) {
         keys.wait_full(tile);
-        multiply_split_cols<DEPTH>(S, Q, K.after(tile % STAGES * KEY_PANELS), 0);
+        multiply_split_cols<DEPTH>(S, Q, K.after(tile % STAGES * KEY_PANELS));
     };
     const auto finish_scores_of = [&](int tile) {
         wgmma_wait<0>();
@@ -298,7 +283,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     auto &Y = reinterpret_cast<float (&)[SECOND_TILES][4]>(X);
     const auto start_first = [&](int tile) {
         values.wait_full(tile);
-        multiply_split_rows(X, P, V.after(tile % STAGES * VALUE_PANELS), zero);
+        multiply_split_rows(X, P, V.after(tile % STAGES * VALUE_PANELS));
     };
     const auto finish_first = [&](int tile) {
         pin(X);
@@ -307,7 +292,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     };
     const auto start_second = [&](int tile) {
         more_values.wait_full(tile);
-        multiply_split_rows(Y, P, V.after(tile % STAGES * VALUE_PANELS + 1), zero);
+        multiply_split_rows(Y, P, V.after(tile % STAGES * VALUE_PANELS + 1));
     };
     const auto finish_second = [&](int tile) {
         wgmma_wait<0>();
@@ -319,35 +304,23 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     const Tiles own(p, row, 64);
     const int begin = own.count > 0 ? (tiles.end - own.end) / BLOCK_N : tiles.count;
     int tile = 0;
-    if (w == 1)
-        end_turn();
     for (; tile < begin; tile++)
         pass_tile_by(tile);
     if (own.count > 0) {
-        begin_turn();
         start_scores(tile);
-        end_turn();
         finish_scores_of(tile);
         for (tile++; tile < begin + own.count; tile++) {
-            begin_turn();
             start_first(tile - 1);
-            if (SCORES_AHEAD) {
+            if (SCORES_AHEAD)
                 start_scores(tile);
-                if (VALUE_PANELS == 1)
-                    end_turn();
-            }
             wgmma_wait<SCORES_AHEAD>();
             finish_first(tile - 1);
             if (VALUE_PANELS == 2) {
                 start_second(tile - 1);
-                if (SCORES_AHEAD)
-                    end_turn();
                 finish_second(tile - 1);
             }
-            if (!SCORES_AHEAD) {
+            if (!SCORES_AHEAD)
                 start_scores(tile);
-                end_turn();
-            }
             finish_scores_of(tile);
         }
         start_first(tile - 1);
@@ -358,11 +331,9 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             finish_second(tile - 1);
         }
     }
-    if (FA_WINDOW)
+    if (FA_WINDOW) /* counted anew: there is no register to keep the count in */
         for (const int end = Tiles(p, Work(p).row, BLOCK_M).count; tile < end; tile++)
             pass_tile_by(tile);
-    if (thread_index() / 128 == 1) /* the turn that nobody wants */
-        begin_turn();
     finish_output(p, O, softmax);
 }
 

@@ -24,13 +24,6 @@ static __device__ __forceinline__ int lane_anew() {
     return lane;
 }
 
-/* blockIdx.x, likewise read anew. */
-static __device__ __forceinline__ int block_index() {
-    int block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    return block;
-}
-
 /* Tells the compiler that x is the same in all threads of the warp. */
 static __device__ __forceinline__ int uniform(int x) {
     return __shfl_sync(~0u, x, 0);

@@ -85,8 +85,8 @@ enum { OVER_COLS, OVER_ROWS };
 
 template <int N> struct Wgmma;
 
-/* in0 to in5 number the operands after the accumulators. */
-#define DEFINE_WGMMA(N, in0, in1, in2, in3, in4, in5)                                              \
+/* in0 to in4 number the operands after the accumulators. */
+#define DEFINE_WGMMA(N, in0, in1, in2, in3, in4)                                                   \
     template <> struct Wgmma<N> {                                                                  \
         /* D = A B */                                                                              \
         template <int A = OVER_COLS, int B = OVER_COLS>                                            \
@@ -107,27 +107,25 @@ template <int N> struct Wgmma;
                          : D_##N##_COLS("+f")                                                      \
                          : "l"(a), "l"(b), "n"(A), "n"(B));                                        \
         }                                                                                          \
-        /* Like multiply, but see `zero` below. */                                                 \
+        /* D = A B, where D has numbers that nobody wants any more: to the compiler they go into   \
+         * it, and so it gives D no other registers, of which there may be none. */                \
         template <int A = OVER_COLS, int B = OVER_COLS>                                            \
-        static __device__ __forceinline__ void multiply_over(float (&d)[N / 8][4],                 \
-                                                             unsigned long long a,                 \
-                                                             unsigned long long b, int zero) {     \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, %" #in2 ", 0;\n"                           \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
-                         "}, %" #in0 ", %" #in1 ", p, 1, 1, %" #in3 ", %" #in4 ";}"                \
-                         : D_##N##_COLS("+f")                                                      \
-                         : "l"(a), "l"(b), "r"(zero), "n"(A), "n"(B));                             \
-        }                                                                                          \
-        /* D = A B and D += A B; A in registers, the sum over rows of B. `zero` is 0, but the      \
-         * compiler must not know: else it takes D for new and gives it other registers than what  \
-         * was there before, although these may be all there are. */                               \
         static __device__ __forceinline__ void                                                     \
-        multiply(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b, int zero) {   \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, %" #in5 ", 0;\n"                           \
+        multiply_over(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {          \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0;\n"                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
+                         "}, %" #in0 ", %" #in1 ", p, 1, 1, %" #in2 ", %" #in3 ";}"                \
+                         : D_##N##_COLS("+f")                                                      \
+                         : "l"(a), "l"(b), "n"(A), "n"(B));                                        \
+        }                                                                                          \
+        /* Likewise, and D += A B; A in registers, the sum over rows of B. */                      \
+        static __device__ __forceinline__ void                                                     \
+        multiply_over(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {        \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0;\n"                                   \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
                          "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4 ", p, 1, 1, 1;}"   \
                          : D_##N##_COLS("+f")                                                      \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(zero));         \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
         }                                                                                          \
         static __device__ __forceinline__ void                                                     \
         multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {         \
@@ -137,20 +135,20 @@ template <int N> struct Wgmma;
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
         }                                                                                          \
     };
-DEFINE_WGMMA(16, 8, 9, 10, 11, 12, 13)
-DEFINE_WGMMA(32, 16, 17, 18, 19, 20, 21)
-DEFINE_WGMMA(48, 24, 25, 26, 27, 28, 29)
-DEFINE_WGMMA(64, 32, 33, 34, 35, 36, 37)
-DEFINE_WGMMA(80, 40, 41, 42, 43, 44, 45)
-DEFINE_WGMMA(96, 48, 49, 50, 51, 52, 53)
-DEFINE_WGMMA(112, 56, 57, 58, 59, 60, 61)
-DEFINE_WGMMA(128, 64, 65, 66, 67, 68, 69)
-DEFINE_WGMMA(144, 72, 73, 74, 75, 76, 77)
-DEFINE_WGMMA(160, 80, 81, 82, 83, 84, 85)
-DEFINE_WGMMA(176, 88, 89, 90, 91, 92, 93)
-DEFINE_WGMMA(192, 96, 97, 98, 99, 100, 101)
-DEFINE_WGMMA(208, 104, 105, 106, 107, 108, 109)
-DEFINE_WGMMA(224, 112, 113, 114, 115, 116, 117)
-DEFINE_WGMMA(240, 120, 121, 122, 123, 124, 125)
-DEFINE_WGMMA(256, 128, 129, 130, 131, 132, 133)
+DEFINE_WGMMA(16, 8, 9, 10, 11, 12)
+DEFINE_WGMMA(32, 16, 17, 18, 19, 20)
+DEFINE_WGMMA(48, 24, 25, 26, 27, 28)
+DEFINE_WGMMA(64, 32, 33, 34, 35, 36)
+DEFINE_WGMMA(80, 40, 41, 42, 43, 44)
+DEFINE_WGMMA(96, 48, 49, 50, 51, 52)
+DEFINE_WGMMA(112, 56, 57, 58, 59, 60)
+DEFINE_WGMMA(128, 64, 65, 66, 67, 68)
+DEFINE_WGMMA(144, 72, 73, 74, 75, 76)
+DEFINE_WGMMA(160, 80, 81, 82, 83, 84)
+DEFINE_WGMMA(176, 88, 89, 90, 91, 92)
+DEFINE_WGMMA(192, 96, 97, 98, 99, 100)
+DEFINE_WGMMA(208, 104, 105, 106, 107, 108)
+DEFINE_WGMMA(224, 112, 113, 114, 115, 116)
+DEFINE_WGMMA(240, 120, 121, 122, 123, 124)
+DEFINE_WGMMA(256, 128, 129, 130, 131, 132)
 #undef DEFINE_WGMMA

@@ -18,10 +18,6 @@ static inline int lane_anew() {
     return threadIdx.x % 32;
 }
 
-static inline int block_index() {
-    return (int)emu_block.x;
-}
-
 static inline int uniform(int x) {
     return __shfl_sync(~0u, x, 0);
 }

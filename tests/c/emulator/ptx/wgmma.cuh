@@ -30,9 +30,8 @@ template <int N> struct Wgmma {
     }
     template <int A = OVER_COLS, int B = OVER_COLS>
     static inline void multiply_over(float (&d)[N / 8][4], unsigned long long a,
-                                     unsigned long long b, int zero) {
-        emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b,
-                  (zero ? EMU_ACCUMULATE : 0) | (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
+                                     unsigned long long b) {
+        multiply<A, B>(d, a, b);
     }
     template <int A = OVER_COLS, int B = OVER_COLS>
     static inline void multiply_add(float (&d)[N / 8][4], unsigned long long a,
@@ -40,9 +39,9 @@ template <int N> struct Wgmma {
         emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b,
                   EMU_ACCUMULATE | (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
     }
-    static inline void multiply(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b,
-                                int zero) {
-        emu_wgmma(EMU_TYPE, d[0], N, a, 0, b, EMU_B_MN | (zero ? EMU_ACCUMULATE : 0));
+    static inline void multiply_over(float (&d)[N / 8][4], const unsigned (&a)[4],
+                                     unsigned long long b) {
+        emu_wgmma(EMU_TYPE, d[0], N, a, 0, b, EMU_B_MN);
     }
     static inline void multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4],
                                     unsigned long long b) {
