@@ -1,6 +1,7 @@
 """On a GPU, side by side with the backends of PyTorch's scaled_dot_product_attention.
 
-    speed     every feature, forward and backward: --features, --dtype, --d, --length, --direction
+    speed     every feature, forward and backward: --features, --dtype, --d, --length, --direction;
+              portable: plain calls, by the kernels for every GPU
     host      how long the host is busy with a call so small that nothing else counts
 
 Every cell is checked before it is timed. The peers then take turns in one process, once back to
@@ -12,7 +13,8 @@ file and leaves the others, each with the commit that it was measured at.
 import argparse
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flash_attn_ext
+from flash_attn_ext import _C
 from flash_attn_ext.measure import Samples, take_turns
 
 TOKENS, WIDTH = 16384, 2048  # B * N and H * D
@@ -52,6 +55,7 @@ def cells():
 
     for d, causal, n in itertools.product((64, 128, 256), (False, True), LENGTHS):
         yield plain | shape(n, d) | {"causal": causal}
+        yield plain | shape(n, d) | {"feature": "portable", "causal": causal, "peers": ("flash",)}
     for d, n, gradient in itertools.product((64, 128), (1024, 4096), (False, True)):
         yield (
             plain
@@ -97,6 +101,17 @@ def cells():
                 "peers": ("flash", "cudnn"),
             }
         )
+
+
+@contextmanager
+def kernels_of(cell: dict) -> Iterator[None]:
+    """Within it, calls take the kernels that the cell is about."""
+    before = _C.cuda_kernels()
+    _C.cuda_set_kernels("portable" if cell["feature"] == "portable" else before)
+    try:
+        yield
+    finally:
+        _C.cuda_set_kernels(before)
 
 
 def measure(cell: dict, options: argparse.Namespace) -> dict:
@@ -196,7 +211,7 @@ def host(options: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    features = ["plain", "bias", "dropout", "float32", "grouped"]
+    features = ["plain", "portable", "bias", "dropout", "float32", "grouped"]
     parts = ["speed", "host"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--features", nargs="+", choices=features, default=features)
@@ -239,7 +254,8 @@ def main() -> None:
     if "speed" in options.parts:
         for cell in tqdm(chosen, unit="cell"):
             cell["batch"] = max(1, cell["batch"] // options.shrink)
-            result = measure(cell, options)
+            with kernels_of(cell):
+                result = measure(cell, options)
             for direction in (d for d in DIRECTIONS if d in result):
                 tqdm.write(line(result, direction))
             record["cells"].append(result | stamp)

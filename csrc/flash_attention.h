@@ -199,6 +199,15 @@ enum fa_status fa_cuda_choice(const struct fa_params *p, int arch,
                               void (*visit)(void *ctx, const char *file, const char *not_sm90),
                               void *ctx);
 
+/* Which kernels are taken: "best", those for sm_90a where they apply, or "portable", those for
+ * every GPU. What the environment variable FLASH_ATTN_EXT_CUDA_KERNELS says, read once, at first
+ * use. */
+const char *fa_cuda_kernels(void);
+
+/* Use these from now on; FA_INVALID for another name. For tests and benchmarks: calls must not be
+ * under way on other threads. */
+enum fa_status fa_cuda_set_kernels(const char *name);
+
 int fa_cuda_device_count(void);
 enum fa_status fa_cuda_device(int device, char *name, size_t name_bytes, int *arch);
 

@@ -594,8 +594,9 @@ side_by_side(
 # Same mathematics, forward and backward: the textbook, **your own code** ("tiled PyTorch"),
 # PyTorch's SDPA, and our kernels. On a CPU the same C is compiled for several instruction sets, so
 # that we can climb rung by rung: portable C, then vectors of 8 numbers (AVX2), then of 16
-# (AVX-512). On a GPU the last rung uses tensor cores. All take turns, so that a busy machine slows
-# all of them alike.
+# (AVX-512). On a GPU our first rung has the instructions for tensor cores that every GPU since
+# Ampere has, and on a Hopper there is one more: its own, `wgmma`, and its copy engine. All take
+# turns, so that a busy machine slows all of them alike.
 
 # %%
 dtype = torch.float16 if device == "cuda" else torch.float32
@@ -615,6 +616,14 @@ def compiled_for(isa):
     return attend
 
 
+def by_kernels(name):
+    def attend(q, k, v):
+        _C.cuda_set_kernels(name)  # as FLASH_ATTN_EXT_CUDA_KERNELS does
+        return flash_attn_ext.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return attend
+
+
 best_isa = _C.isa()
 rungs = dict(implementations)
 if device == "cpu":
@@ -622,6 +631,10 @@ if device == "cpu":
     for isa in ("generic", "avx2", "avx512"):
         if (isa, True) in _C.isa_list():
             rungs[f"ours, {isa}"] = compiled_for(isa)
+elif torch.cuda.get_device_capability() == (9, 0):
+    del rungs["ours"]
+    rungs["ours, tensor cores"] = by_kernels("portable")
+    rungs["ours, Hopper"] = by_kernels("best")
 
 
 def both_ways(attend):
@@ -638,6 +651,7 @@ torch.set_num_threads(1)  # a single one is disturbed least by what else runs he
 calls = {name: both_ways(attend) for name, attend in rungs.items()}
 samples = take_turns(calls, device=device, seconds=8)
 _C.set_isa(best_isa)
+_C.cuda_set_kernels("best")
 torch.set_num_threads(threads)
 _, axes = pyplot.subplots(figsize=(7.5, 2.8))
 plots.ladder(axes, {name: sample.best for name, sample in samples.items()}, base="naive")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import RecordOps, deterministic_algorithms
+from helpers import RecordOps, deterministic_algorithms, in_new_process
 
 import flash_attn_ext
+from flash_attn_ext import _C
 from flash_attn_ext.explain import _cuda_kernels
 from flash_attn_ext.functional import canonicalize
 
@@ -54,6 +55,40 @@ def explain_cuda():
     return run
 
 
+@pytest.fixture
+def portable_kernels():
+    before = _C.cuda_kernels()
+    _C.cuda_set_kernels("portable")
+    yield
+    _C.cuda_set_kernels(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_portable_kernels_can_be_asked_for(explain_cuda, portable_kernels, dtype):
+    x = torch.randn(2, 4, 9, 64, dtype=dtype, requires_grad=True)
+    explanation = explain_cuda(90, x, x, x)
+    assert explanation.files[0] == "forward_sm80.cu" and "backward_sm80.cu" in explanation.files
+    assert "only portable kernels are asked for" in explanation.reason
+
+
+def test_set_kernels_refuses_an_unknown_name():
+    before = _C.cuda_kernels()
+    with pytest.raises(ValueError, match="abacus"):
+        _C.cuda_set_kernels("abacus")
+    assert _C.cuda_kernels() == before
+
+
+def test_environment_variable_with_unknown_kernels():
+    process = in_new_process(
+        "from flash_attn_ext import _C\n"
+        "from flash_attn_ext.warmup import standard_calls\n"
+        "_C.cuda_choice(next(iter(standard_calls())), 90)",
+        FLASH_ATTN_EXT_CUDA_KERNELS="abacus",
+    )
+    assert process.returncode == 1  # an exception, no signal
+    assert "FLASH_ATTN_EXT_CUDA_KERNELS=abacus" in process.stderr
+
+
 def test_explain_names_the_cuda_kernel(explain_cuda):
     x = torch.randn(2, 4, 9, 64, dtype=torch.float16)
     explanation = explain_cuda(90, x, x, x)
@@ -65,11 +100,15 @@ def test_explain_names_the_cuda_kernel(explain_cuda):
     assert explanation.files == ("forward_sm80.cu",)
     assert "compute capability 9.0" in explanation.reason
 
+    x = torch.randn(2, 4, 9, 63)
+    assert explain_cuda(90, x, x, x).files == ("forward_f32_sm90.cu",)
+    assert explain_cuda(80, x, x, x).files == ("forward_sm80.cu",)
+
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "why"),
     [
-        ((2, 4, 9, 64), torch.float32, "float16 and bfloat16"),
+        ((2, 4, 9, 192), torch.float32, "head sizes up to 128"),
         ((2, 4, 9, 60), torch.float16, "16 bytes"),
     ],
 )

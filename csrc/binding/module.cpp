@@ -46,6 +46,11 @@ void set_isa(const char *name) {
                               "\" here; isa_list() tells which are usable");
 }
 
+void cuda_set_kernels(const char *name) {
+    if (fa_cuda_set_kernels(name) != FA_OK)
+        throw py::value_error(fa_cuda_last_error());
+}
+
 py::dict build_info() {
     py::dict info;
     info["version"] = BUILD_VERSION;
@@ -198,6 +203,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_info", cuda_info, "Devices, versions of driver and compiler, where the cache is.");
     m.def("cuda_set_nvrtc", fa_cuda_set_nvrtc, py::arg("path"),
           "The NVRTC to take, unless the process has loaded one. Before anything else with CUDA.");
+    m.def("cuda_kernels", fa_cuda_kernels,
+          "Which CUDA kernels are taken: \"best\", those for sm_90a where they apply, or "
+          "\"portable\", those for every GPU.");
+    m.def("cuda_set_kernels", cuda_set_kernels, py::arg("name"),
+          "Take the \"best\" or the \"portable\" ones from now on. For tests and benchmarks: not "
+          "while calls are under way.");
     m.def("cuda_last_error", fa_cuda_last_error,
           "Why the last call of the CUDA engine that failed on this thread did so.");
     m.def("cuda_unsupported", cuda_unsupported, py::arg("call"), py::arg("device"),

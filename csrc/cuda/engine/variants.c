@@ -1,6 +1,8 @@
 /* Which kernels a call takes, what each is compiled for, and the size of its tiles. */
 #include <limits.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "../../check.h"
@@ -17,8 +19,10 @@ static const struct {
     [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
     [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
     [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
+    [FA_CUDA_FORWARD_F32_SM90] = {"forward_f32_sm90.cu", "fa_forward_f32_sm90"},
     [FA_CUDA_BACKWARD_SM90] = {"backward_sm90.cu", "fa_backward_sm90"},
     [FA_CUDA_BACKWARD_WIDE_SM90] = {"backward_wide_sm90.cu", "fa_backward_wide_sm90"},
+    [FA_CUDA_BACKWARD_F32_SM90] = {"backward_f32_sm90.cu", "fa_backward_f32_sm90"},
 };
 
 const char *fa_cuda_file(const struct fa_cuda_variant *v) {
@@ -26,6 +30,34 @@ const char *fa_cuda_file(const struct fa_cuda_variant *v) {
 }
 const char *fa_cuda_entry(const struct fa_cuda_variant *v) {
     return kernels[v->kernel].entry;
+}
+
+/* The choice, once it is made. Threads that race to make it make the same one. */
+static _Atomic(const char *) kernels_taken;
+
+const char *fa_cuda_kernels(void) {
+    const char *name = atomic_load_explicit(&kernels_taken, memory_order_relaxed);
+    if (!name) {
+        name = getenv("FLASH_ATTN_EXT_CUDA_KERNELS");
+        name = name && *name ? name : "best";
+        atomic_store_explicit(&kernels_taken, name, memory_order_relaxed);
+    }
+    return name;
+}
+
+static int are_portable(void) {
+    return strcmp(fa_cuda_kernels(), "portable") == 0;
+}
+
+enum fa_status fa_cuda_set_kernels(const char *name) {
+    static const char *const names[] = {"best", "portable"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (strcmp(name, names[i]) == 0) {
+            atomic_store_explicit(&kernels_taken, names[i], memory_order_relaxed);
+            return FA_OK;
+        }
+    }
+    return fa_cuda_fail(FA_INVALID, "kernels: \"best\" or \"portable\", not \"%s\"", name);
 }
 
 /* What products are made of: kernels/operand.cuh. */
@@ -237,6 +269,8 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
         return fa_cuda_fail(STATUS, __VA_ARGS__);
     const char *invalid = fa_check(p);
     REQUIRE(!invalid, FA_INVALID, "%s", invalid)
+    REQUIRE(are_portable() || strcmp(fa_cuda_kernels(), "best") == 0, FA_INVALID,
+            "FLASH_ATTN_EXT_CUDA_KERNELS=%s: must be best or portable", fa_cuda_kernels())
     REQUIRE(arch >= 80, FA_UNSUPPORTED, "the kernels need compute capability 8.0, this is %d.%d",
             arch / 10, arch % 10)
     REQUIRE(p->dtype != FA_FLOAT64, FA_UNSUPPORTED,
@@ -333,21 +367,27 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
 
 int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
+    static const char only_portable[] = "only portable kernels are asked for";
+    const int is_f32 = p->dtype == FA_FLOAT32;
     int count = 0;
     if (!is_backward(p)) {
         struct fa_cuda_step *forward = &steps[count++];
         *forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        forward->not_sm90 = fa_cuda_not_forward_sm90(p, arch);
+        forward->not_sm90 = are_portable() ? only_portable
+                            : is_f32       ? fa_cuda_not_forward_f32_sm90(p, arch)
+                                           : fa_cuda_not_forward_sm90(p, arch);
         if (!forward->not_sm90)
-            fa_cuda_forward_sm90(p, forward);
+            (is_f32 ? fa_cuda_forward_f32_sm90 : fa_cuda_forward_sm90)(p, forward);
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
     struct fa_cuda_step *backward = &steps[count++];
     *backward = step(FA_CUDA_BACKWARD, p, arch, sm_count);
-    backward->not_sm90 = fa_cuda_not_backward_sm90(p, arch);
+    backward->not_sm90 = are_portable() ? only_portable
+                         : is_f32       ? fa_cuda_not_backward_f32_sm90(p, arch)
+                                        : fa_cuda_not_backward_sm90(p, arch);
     if (!backward->not_sm90)
-        fa_cuda_backward_sm90(p, backward);
+        (is_f32 ? fa_cuda_backward_f32_sm90 : fa_cuda_backward_sm90)(p, backward);
     if (p->dq.data)
         steps[count++] =
             step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);
