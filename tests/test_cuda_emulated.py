@@ -79,6 +79,26 @@ def test_forward_of_hopper(features, sizes, seed):
     assert max_abs(ours.double() - truth) <= allowed
 
 
+# Likewise of forward_f32_sm90.cu: one panel and two, of K and of V; warpgroups that see fewer tiles
+# than their block, at either end, or none; panels that are not full; rows that are not aligned.
+@pytest.mark.parametrize(
+    "features,sizes",
+    [
+        ("causal", {"seq_q": 300, "seq_k": 300, "head_dim": 64}),
+        ("window", {"seq_q": 300, "seq_k": 400, "head_dim": 128}),
+        ("causal+bool_mask", {"seq_q": 200, "seq_k": 170, "head_dim": 96}),
+        ("fp32_bias+dropout", {"seq_q": 130, "seq_k": 190, "head_dim": 128}),
+        ("wide_v", {"seq_q": 60, "seq_k": 200, "head_dim": 63}),
+        ("narrow_v+bottom_right", {"seq_q": 200, "seq_k": 90, "head_dim": 66}),
+        ("causal+dropout+grouped", {"seq_q": 200, "seq_k": 200, "head_dim": 20}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+)
+def test_forward_of_float32_on_hopper(features, sizes, seed):
+    case = make_case(features, batch=1, heads=2, **sizes)
+    assert_accurate(case, emulated(90, seed=seed))
+
+
 # Likewise of backward_sm90.c: each tile, head sizes that leave panels empty, more tiles of queries
 # than buffers, blocks that see none; masks in tiles, of all queries at once and element by element
 # (odd rows), each with its gradient: by the copy engine, by threads, added up.
@@ -112,22 +132,42 @@ def test_backward_of_hopper(features, sizes, seed):
     assert_accurate(case, emulated(90, seed=seed))
 
 
+# Likewise of backward_f32_sm90.cu: one warpgroup that computes and two, one panel and two.
+@pytest.mark.parametrize(
+    "features,sizes",
+    [
+        ("causal", {"seq_q": 300, "seq_k": 200, "head_dim": 64}),
+        ("window+grouped", {"seq_q": 200, "seq_k": 300, "head_dim": 128}),
+        ("bottom_right", {"seq_q": 90, "seq_k": 200, "head_dim": 96}),
+        ("wide_v", {"seq_q": 130, "seq_k": 65, "head_dim": 63}),
+        ("narrow_v+grouped", {"seq_q": 70, "seq_k": 130, "head_dim": 66}),
+        ("negative_scale", {"seq_q": 1, "seq_k": 1, "head_dim": 20}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+)
+def test_backward_of_float32_on_hopper(features, sizes, seed):
+    case = make_case(features, batch=1, heads=2, **sizes)
+    assert_accurate(case, emulated(90, seed=seed))
+
+
 @pytest.mark.parametrize("many_multiprocessors", [False, True], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", [80, 90])
-def test_scores_that_rise(arch, many_multiprocessors, seed):
+def test_scores_that_rise(arch, dtype, many_multiprocessors, seed):
     """Later keys have larger scores: the maximum that the softmax goes by has to follow."""
-    case = make_case(dtype=torch.float16, batch=1, heads=2, seq_q=130, seq_k=300, head_dim=64)
+    case = make_case(dtype=dtype, batch=1, heads=2, seq_q=130, seq_k=300, head_dim=64)
     case.q[..., 0] = 8
     case.k[..., 0] = torch.linspace(200, -200, 300)
     assert_accurate(case, emulated(arch, many_multiprocessors=many_multiprocessors, seed=seed))
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("features", ["causal", "window+dropout", "bias", "query_bias+grouped"])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_same_bits_in_every_order(arch, features, deterministic, seed):
+def test_same_bits_in_every_order(arch, features, dtype, deterministic, seed):
     """Blocks run one after the other here, so that atomic additions have an order, too."""
-    case = make_case(features, dtype=torch.float16, batch=1, heads=2, seq_q=150, seq_k=200)
+    case = make_case(features, dtype=dtype, batch=1, heads=2, seq_q=150, seq_k=200)
     grad_out = torch.randn_like(case.q)
     results = [
         forward_backward(

@@ -63,8 +63,9 @@ def portable_kernels():
     _C.cuda_set_kernels(before)
 
 
-def test_portable_kernels_can_be_asked_for(explain_cuda, portable_kernels):
-    x = torch.randn(2, 4, 9, 64, dtype=torch.float16, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_portable_kernels_can_be_asked_for(explain_cuda, portable_kernels, dtype):
+    x = torch.randn(2, 4, 9, 64, dtype=dtype, requires_grad=True)
     explanation = explain_cuda(90, x, x, x)
     assert explanation.files[0] == "forward_sm80.cu" and "backward_sm80.cu" in explanation.files
     assert "only portable kernels are asked for" in explanation.reason
@@ -99,11 +100,15 @@ def test_explain_names_the_cuda_kernel(explain_cuda):
     assert explanation.files == ("forward_sm80.cu",)
     assert "compute capability 9.0" in explanation.reason
 
+    x = torch.randn(2, 4, 9, 63)
+    assert explain_cuda(90, x, x, x).files == ("forward_f32_sm90.cu",)
+    assert explain_cuda(80, x, x, x).files == ("forward_sm80.cu",)
+
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "why"),
     [
-        ((2, 4, 9, 64), torch.float32, "float16 and bfloat16"),
+        ((2, 4, 9, 192), torch.float32, "head sizes up to 128"),
         ((2, 4, 9, 60), torch.float16, "16 bytes"),
     ],
 )

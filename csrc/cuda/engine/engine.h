@@ -3,7 +3,9 @@
  *     launch.c     the entry points: fill in a struct fa_kernel_params and launch
  *     variants.c   which kernels a call takes, compiled for what, with which tiles
  *     forward_sm90.c  ... for the forward of sm_90a, and its tensor maps
+ *     forward_f32_sm90.c ... of float32
  *     backward_sm90.c ... for its backward
+ *     backward_f32_sm90.c ... of float32
  *     tensor_map.c what these two share
  *     functions.c  a variant's function on a device, found in memory or loaded
  *     cache.c      a variant's machine code, from disk or from the compiler
@@ -46,8 +48,10 @@ enum fa_cuda_kernel {
     FA_CUDA_BACKWARD_DQ,
     FA_CUDA_BACKWARD_MASK,
     FA_CUDA_FORWARD_SM90,
+    FA_CUDA_FORWARD_F32_SM90,
     FA_CUDA_BACKWARD_SM90,
     FA_CUDA_BACKWARD_WIDE_SM90,
+    FA_CUDA_BACKWARD_F32_SM90,
 };
 
 /* All that a kernel is compiled for: equal bytes, equal machine code. What does not concern a
@@ -128,6 +132,11 @@ size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch);
 /* fa_kernel_params.group_heads */
 int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v);
 
+/* --- forward_f32_sm90.c: likewise, of float32 --- */
+
+const char *fa_cuda_not_forward_f32_sm90(const struct fa_params *p, int arch);
+void fa_cuda_forward_f32_sm90(const struct fa_params *p, struct fa_cuda_step *step);
+
 /* --- backward_sm90.c --- */
 
 /* Why its kernels do not take a backward that passes fa_cuda_check; NULL: one does. */
@@ -143,6 +152,11 @@ struct fa_cuda_backward_maps {
 enum fa_status fa_cuda_encode_backward_maps(const struct fa_params *p,
                                             const struct fa_cuda_variant *v,
                                             struct fa_cuda_backward_maps *maps);
+
+/* --- backward_f32_sm90.c: likewise, of float32 --- */
+
+const char *fa_cuda_not_backward_f32_sm90(const struct fa_params *p, int arch);
+void fa_cuda_backward_f32_sm90(const struct fa_params *p, struct fa_cuda_step *step);
 
 /* --- tensor_map.c --- */
 

@@ -19,8 +19,10 @@ static const struct {
     [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
     [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
     [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
+    [FA_CUDA_FORWARD_F32_SM90] = {"forward_f32_sm90.cu", "fa_forward_f32_sm90"},
     [FA_CUDA_BACKWARD_SM90] = {"backward_sm90.cu", "fa_backward_sm90"},
     [FA_CUDA_BACKWARD_WIDE_SM90] = {"backward_wide_sm90.cu", "fa_backward_wide_sm90"},
+    [FA_CUDA_BACKWARD_F32_SM90] = {"backward_f32_sm90.cu", "fa_backward_f32_sm90"},
 };
 
 const char *fa_cuda_file(const struct fa_cuda_variant *v) {
@@ -366,21 +368,26 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
 int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
     static const char only_portable[] = "only portable kernels are asked for";
+    const int is_f32 = p->dtype == FA_FLOAT32;
     int count = 0;
     if (!is_backward(p)) {
         struct fa_cuda_step *forward = &steps[count++];
         *forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        forward->not_sm90 = are_portable() ? only_portable : fa_cuda_not_forward_sm90(p, arch);
+        forward->not_sm90 = are_portable() ? only_portable
+                            : is_f32       ? fa_cuda_not_forward_f32_sm90(p, arch)
+                                           : fa_cuda_not_forward_sm90(p, arch);
         if (!forward->not_sm90)
-            fa_cuda_forward_sm90(p, forward);
+            (is_f32 ? fa_cuda_forward_f32_sm90 : fa_cuda_forward_sm90)(p, forward);
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
     struct fa_cuda_step *backward = &steps[count++];
     *backward = step(FA_CUDA_BACKWARD, p, arch, sm_count);
-    backward->not_sm90 = are_portable() ? only_portable : fa_cuda_not_backward_sm90(p, arch);
+    backward->not_sm90 = are_portable() ? only_portable
+                         : is_f32       ? fa_cuda_not_backward_f32_sm90(p, arch)
+                                        : fa_cuda_not_backward_sm90(p, arch);
     if (!backward->not_sm90)
-        fa_cuda_backward_sm90(p, backward);
+        (is_f32 ? fa_cuda_backward_f32_sm90 : fa_cuda_backward_sm90)(p, backward);
     if (p->dq.data)
         steps[count++] =
             step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);

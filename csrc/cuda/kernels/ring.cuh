@@ -14,7 +14,7 @@ static __device__ __forceinline__ void wait_empty(mbarrier (&empty)[COUNT], unsi
 }
 
 /* This warp is done with a buffer, or has filled its part of it. */
-static __device__ __forceinline__ void release(mbarrier *b) {
+static __device__ __forceinline__ void release(mbarrier_ref b) {
     __syncwarp();
     if (threadIdx.x % 32 == 0)
         mbarrier_arrive(b);

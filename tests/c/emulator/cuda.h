@@ -24,7 +24,7 @@
 #define blockDim emu_block_size
 #define gridDim emu_grid_size
 
-#define EMU_TYPE (FA_DTYPE_BF16 ? EMU_BF16 : EMU_FP16)
+#define EMU_TYPE (FA_DTYPE_BF16 || FA_DTYPE_FP32 ? EMU_BF16 : EMU_FP16)
 
 /* --- vectors --- */
 

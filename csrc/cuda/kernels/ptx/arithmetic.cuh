@@ -1,10 +1,11 @@
 /* Arithmetic that CUDA C has no name for. */
 #pragma once
 
-/* Two floats, rounded to nearest, side by side; lo has the lower address. */
+/* Two floats, rounded to nearest, side by side; lo has the lower address. Of float32: to bf16, see
+ * bf16x3.cuh. */
 static __device__ __forceinline__ unsigned pack(float lo, float hi) {
     unsigned pair;
-#if FA_DTYPE_BF16
+#if FA_DTYPE_BF16 || FA_DTYPE_FP32
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
 #else
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));

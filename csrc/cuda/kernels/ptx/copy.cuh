@@ -62,6 +62,9 @@ static __device__ __forceinline__ void load_shared_4(unsigned (&r)[4], unsigned 
 static __device__ __forceinline__ void store_shared_1(unsigned address, unsigned x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
+static __device__ __forceinline__ void store_shared_2(unsigned address, unsigned x, unsigned y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
 static __device__ __forceinline__ void store_shared_4(unsigned address, unsigned x, unsigned y,
                                                       unsigned z, unsigned w) {
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x), "r"(y), "r"(z),

@@ -37,7 +37,7 @@ static __device__ __forceinline__ unsigned long long wgmma_operand(unsigned addr
     return address >> 4 | panel_bytes >> 4 << 16 | EIGHT_ROWS << 32 | SWIZZLE_128B;
 }
 
-#if FA_DTYPE_BF16
+#if FA_DTYPE_BF16 || FA_DTYPE_FP32
 #define WGMMA_TYPES "f32.bf16.bf16"
 #else
 #define WGMMA_TYPES "f32.f16.f16"
@@ -107,7 +107,26 @@ template <int N> struct Wgmma;
                          : D_##N##_COLS("+f")                                                      \
                          : "l"(a), "l"(b), "n"(A), "n"(B));                                        \
         }                                                                                          \
-        /* D += A B; A in registers, the sum over rows of B. */                                    \
+        /* D = A B, where D has numbers that nobody wants any more: to the compiler they go into   \
+         * it, and so it gives D no other registers, of which there may be none. */                \
+        template <int A = OVER_COLS, int B = OVER_COLS>                                            \
+        static __device__ __forceinline__ void                                                     \
+        multiply_over(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {          \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0;\n"                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
+                         "}, %" #in0 ", %" #in1 ", p, 1, 1, %" #in2 ", %" #in3 ";}"                \
+                         : D_##N##_COLS("+f")                                                      \
+                         : "l"(a), "l"(b), "n"(A), "n"(B));                                        \
+        }                                                                                          \
+        /* Likewise, and D += A B; A in registers, the sum over rows of B. */                      \
+        static __device__ __forceinline__ void                                                     \
+        multiply_over(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {        \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0;\n"                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
+                         "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4 ", p, 1, 1, 1;}"   \
+                         : D_##N##_COLS("+f")                                                      \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
+        }                                                                                          \
         static __device__ __forceinline__ void                                                     \
         multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {         \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \

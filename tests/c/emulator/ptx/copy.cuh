@@ -51,6 +51,10 @@ static inline void load_shared_4(unsigned (&r)[4], unsigned address) {
 static inline void store_shared_1(unsigned address, unsigned x) {
     emu_store_shared(address, &x, 4);
 }
+static inline void store_shared_2(unsigned address, unsigned x, unsigned y) {
+    const unsigned r[2] = {x, y};
+    emu_store_shared(address, r, 8);
+}
 static inline void store_shared_4(unsigned address, unsigned x, unsigned y, unsigned z,
                                   unsigned w) {
     const unsigned r[4] = {x, y, z, w};

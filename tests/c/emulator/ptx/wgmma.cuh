@@ -29,10 +29,19 @@ template <int N> struct Wgmma {
         emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b, (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
     }
     template <int A = OVER_COLS, int B = OVER_COLS>
+    static inline void multiply_over(float (&d)[N / 8][4], unsigned long long a,
+                                     unsigned long long b) {
+        multiply<A, B>(d, a, b);
+    }
+    template <int A = OVER_COLS, int B = OVER_COLS>
     static inline void multiply_add(float (&d)[N / 8][4], unsigned long long a,
                                     unsigned long long b) {
         emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b,
                   EMU_ACCUMULATE | (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
+    }
+    static inline void multiply_over(float (&d)[N / 8][4], const unsigned (&a)[4],
+                                     unsigned long long b) {
+        emu_wgmma(EMU_TYPE, d[0], N, a, 0, b, EMU_B_MN);
     }
     static inline void multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4],
                                     unsigned long long b) {
