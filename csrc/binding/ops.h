@@ -42,8 +42,10 @@ struct Inputs {
            const OptionalTensor &rng_state, double scale, int64_t window_left, int64_t window_right,
            int64_t diagonal_offset, double dropout_p);
 
-    at::DimVector lse_sizes() const { return {q.size(0), q.size(1), q.size(2)}; }
-    bool no_scores() const { return q.size(0) * q.size(1) * q.size(2) * k.size(2) == 0; }
+    at::DimVector lse_sizes() const { return {params.batch, params.heads_q, params.seq_q}; }
+    bool no_scores() const {
+        return params.batch * params.heads_q * params.seq_q * params.seq_k == 0;
+    }
 
 private:
     void set_qkv(const Tensor &q_, const Tensor &k_, const Tensor &v_);
@@ -61,8 +63,9 @@ struct BackwardInputs : Inputs {
 // Runs the kernels of a device, with the workspace that they ask for; raises what goes wrong.
 using Launch = void(fa_params &params);
 
-// In which types a device's kernels write the gradient of a mask that broadcasts nothing.
-enum class MaskGrad { acc, dtype };
+// Of which types a device's kernels write the gradient of a mask that broadcasts nothing; others
+// they add to an acc.
+enum class MaskGrad { any, half };
 
 // The operators, once their inputs are checked: allocate the results, launch.
 std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch);
