@@ -7,9 +7,9 @@
  *     dQ = scale * dS K,  dK = scale * dS^T Q
  *
  * A key tile stays while all queries of its group pass by, so that dK and dV are finished when it
- * is left. Gradients of adjacent rows are summed in their own tensors where those hold reals,
- * others in scratch; dQ always in its own tensor where that holds reals, but tasks that share a
- * head's keys need a buffer for dQ each, but for one. */
+ * is left. Gradients of rows that lie together are summed in their own tensors where those hold
+ * reals, others in scratch; dQ always in its own tensor where that holds reals, but tasks that
+ * share a head's keys need a buffer for dQ each, but for one. */
 
 enum { T(sums_in_place) = sizeof(elem) == sizeof(real) };
 
@@ -44,20 +44,20 @@ static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const str
     s->P = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : (operand *)s->S;
     s->dS = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : (operand *)s->dP;
     s->dS_keys = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : s->dS;
-    const int copies_k = !T(are_operands)(&p->k, d) || !T(are_adjacent)(&p->k, d);
-    const int copies_v = !T(are_operands)(&p->v, dv) || !T(are_adjacent)(&p->v, dv);
-    const int copies_q = DEPTH > 1 || !T(are_operands)(&p->q, d) || !T(are_adjacent)(&p->q, d);
+    const int copies_k = !T(are_operands)(&p->k, d) || !T(are_together)(&p->k, n, d);
+    const int copies_v = !T(are_operands)(&p->v, dv) || !T(are_together)(&p->v, n, dv);
+    const int copies_q = DEPTH > 1 || !T(are_operands)(&p->q, d) || !T(are_together)(&p->q, ld, d);
     const int copies_do =
-        DEPTH > 1 || !T(are_operands)(&p->dout, dv) || !T(are_adjacent)(&p->dout, dv);
+        DEPTH > 1 || !T(are_operands)(&p->dout, dv) || !T(are_together)(&p->dout, ld, dv);
     s->Ka = copies_k ? TAKE(operand, n * T(operand_ld)(d)) : NULL;
     s->Va = copies_v ? TAKE(operand, n * T(operand_ld)(dv)) : NULL;
     s->Kb = DEPTH > 1 ? TAKE(operand, n / DEPTH * T(panel_ld)(d)) : NULL;
     s->Qb = copies_q ? TAKE(operand, ld / DEPTH * T(panel_ld)(d)) : NULL;
     s->dOb = copies_do ? TAKE(operand, ld / DEPTH * T(panel_ld)(dv)) : NULL;
     s->dK = s->dV = NULL;
-    if (!T(sums_in_place) || !T(are_adjacent)(&p->dk, d))
+    if (!T(sums_in_place) || !T(are_together)(&p->dk, n, d))
         s->dK = TAKE(real, n * fa_round_up(d, LANES));
-    if (!T(sums_in_place) || !T(are_adjacent)(&p->dv, dv))
+    if (!T(sums_in_place) || !T(are_together)(&p->dv, n, dv))
         s->dV = TAKE(real, n * fa_round_up(dv, LANES));
     s->lse = TAKE(real, fa_heads_per_group(p) * T(statistics_ld)(p));
     s->delta = TAKE(real, fa_heads_per_group(p) * T(statistics_ld)(p));

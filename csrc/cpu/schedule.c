@@ -89,13 +89,17 @@ static struct forward_plan plan_forward(const struct fa_params *p) {
     return plan;
 }
 
+static size_t forward_bytes(const struct forward_plan *plan) {
+    const int64_t tiles = plan->p->batch * plan->p->heads_k * plan->tiles;
+    return plan->scratch * (size_t)num_threads(plan->p) +
+           (plan->shares > 1 ? plan->partial * (size_t)(tiles * plan->shares) : 0);
+}
+
 size_t fa_cpu_forward_workspace(const struct fa_params *p) {
     if (fa_cpu_supports(p, NULL) != FA_OK)
         return 0;
-    struct forward_plan plan = plan_forward(p);
-    const int64_t tiles = p->batch * p->heads_k * plan.tiles;
-    return plan.scratch * (size_t)num_threads(p) +
-           (plan.shares > 1 ? plan.partial * (size_t)(tiles * plan.shares) : 0);
+    const struct forward_plan plan = plan_forward(p);
+    return forward_bytes(&plan);
 }
 
 /* Tile i, the last of a group first: under a causal mask it has the most keys. */
@@ -135,9 +139,9 @@ enum fa_status fa_cpu_forward(const struct fa_params *p) {
     enum fa_status status = fa_cpu_supports(p, NULL);
     if (status != FA_OK)
         return status;
-    if (p->workspace_bytes < fa_cpu_forward_workspace(p) || inputs_are_missing(p))
+    const struct forward_plan plan = plan_forward(p);
+    if (p->workspace_bytes < forward_bytes(&plan) || inputs_are_missing(p))
         return FA_INVALID;
-    struct forward_plan plan = plan_forward(p);
     const int64_t tiles = p->batch * p->heads_k * plan.tiles;
     run_tasks(p, tiles * plan.shares, forward_task, &plan);
     if (plan.shares > 1)
@@ -191,11 +195,15 @@ static size_t dq_buffers(const struct backward_plan *plan) {
     return (size_t)(plan->buffers * (plan->shares > 1 ? p->batch * p->heads_k : num_threads(p)));
 }
 
+static size_t backward_bytes(const struct backward_plan *plan) {
+    return plan->scratch * (size_t)num_threads(plan->p) + plan->dq * dq_buffers(plan);
+}
+
 size_t fa_cpu_backward_workspace(const struct fa_params *p) {
     if (fa_cpu_supports(p, NULL) != FA_OK)
         return 0;
-    struct backward_plan plan = plan_backward(p);
-    return plan.scratch * (size_t)num_threads(p) + plan.dq * dq_buffers(&plan);
+    const struct backward_plan plan = plan_backward(p);
+    return backward_bytes(&plan);
 }
 
 static void backward_task(const void *ctx, int64_t task, int slot) {
@@ -243,12 +251,12 @@ enum fa_status fa_cpu_backward(const struct fa_params *p) {
     enum fa_status status = fa_cpu_supports(p, NULL);
     if (status != FA_OK)
         return status;
-    if (p->workspace_bytes < fa_cpu_backward_workspace(p) || inputs_are_missing(p) ||
+    const struct backward_plan plan = plan_backward(p);
+    if (p->workspace_bytes < backward_bytes(&plan) || inputs_are_missing(p) ||
         is_missing(&p->dout, p->batch * p->heads_q * p->seq_q * p->head_dim_v))
         return FA_INVALID;
     if (p->batch * p->heads_k == 0)
         return FA_OK;
-    struct backward_plan plan = plan_backward(p);
     run_tasks(p, plan.owners * plan.shares, backward_task, &plan);
     if (p->dq.data && plan.shares > 1)
         run_tasks(p, p->batch * p->heads_k * fa_div_up(fa_heads_per_group(p) * p->seq_q, DQ_ROWS),

@@ -61,10 +61,10 @@ static int T(are_operands)(const struct fa_tensor *t, int64_t cols) {
            t->stride_row % DEPTH == 0;
 }
 
-/* Whether rows follow each other without a gap. Others are scattered over many pages and over few
- * sets of a cache: what is used often is better copied together first. */
-static int T(are_adjacent)(const struct fa_tensor *t, int64_t cols) {
-    return t->stride_row == cols;
+/* Whether rows follow each other without a gap, or are few. Others are scattered over many pages
+ * and over few sets of a cache: what is used often is better copied together first. */
+static int T(are_together)(const struct fa_tensor *t, int64_t rows, int64_t cols) {
+    return t->stride_row == cols || rows <= LANES;
 }
 
 /* Rows as the operand A of a sum over their columns, converted into scratch
