@@ -13,6 +13,8 @@ namespace flash_attn_ext {
 namespace {
 
 using torch::autograd::AutogradContext;
+using torch::autograd::Edge;
+using torch::autograd::edge_list;
 using torch::autograd::variable_list;
 
 template <class Signature> auto find_operator(const char *name) {
@@ -56,7 +58,7 @@ struct Attention {
             below_autograd.emplace();
         std::tie(grads[0], grads[1], grads[2], grads[3]) =
             op.call(grad_outputs[0], saved[0], saved[1], saved[2], given(saved[3]), given(saved[4]),
-                    saved[5], saved[6], options.get(0).toDouble(), options.get(1).toSymInt(),
+                    saved[6], saved[5], options.get(0).toDouble(), options.get(1).toSymInt(),
                     options.get(2).toSymInt(), options.get(3).toSymInt(), options.get(4).toDouble(),
                     wanted);
         for (size_t i = 0; i < wanted.size(); i++) {
@@ -78,8 +80,24 @@ struct AttentionNode final : torch::autograd::CppNode<Attention> {
     }
 };
 
+} // namespace
+} // namespace flash_attn_ext
+
+// What AutogradContext::save_variables does, which looks for the output, the last, among the
+// others, and lets the vector grow step by step.
+template <> void torch::autograd::CppNode<flash_attn_ext::Attention>::save_variables_to_ctx() {
+    auto &saved = ctx_.saved_variables_;
+    saved.reserve(ctx_.to_save_.size());
+    for (const at::Tensor &t : ctx_.to_save_)
+        saved.emplace_back(t, &t == &ctx_.to_save_.back());
+    ctx_.to_save_.clear();
+}
+
+namespace flash_attn_ext {
+namespace {
+
 // std::shared_ptr<Node>, or c10::intrusive_ptr<Node> from PyTorch 2.13 on.
-using NodePtr = decltype(torch::autograd::Edge::function);
+using NodePtr = decltype(Edge::function);
 
 template <class N, class Pointer> auto make_node() {
     if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
@@ -111,7 +129,11 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor &q, const Tensor &k, c
 
     const auto node = make_node<AttentionNode, NodePtr>();
     node->set_ctx_grad_fn(node);
-    node->set_next_edges(torch::autograd::collect_next_edges(q, k, v, mask));
+    edge_list edges;
+    edges.reserve(4);
+    for (const OptionalTensor &t : {OptionalTensor(q), OptionalTensor(k), OptionalTensor(v), mask})
+        edges.push_back(t ? torch::autograd::impl::gradient_edge(*t) : Edge());
+    node->set_next_edges(std::move(edges));
     node->is_variable_input_.assign(4, true);
     auto [out, lse] = [&] {
         const at::AutoGradMode no_grad(false);
@@ -122,7 +144,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor &q, const Tensor &k, c
     AutogradContext &ctx = node->ctx_;
     ctx.set_materialize_grads(false);
     ctx.save_for_backward(
-        {q, k, v, mask.value_or(Tensor()), rng_state.value_or(Tensor()), out, lse});
+        {q, k, v, mask.value_or(Tensor()), rng_state.value_or(Tensor()), lse, out});
     node->save_variables_to_ctx();
     c10::impl::GenericList options(c10::AnyType::get());
     options.reserve(5);

@@ -52,12 +52,12 @@ bool is_cast(const Tensor &q) { // by autocast, to another dtype
            at::autocast::get_autocast_dtype(device) != q.scalar_type();
 }
 
-bool fit(const Tensor &q, const Tensor &k, const Tensor &v, bool enable_gqa) {
-    const int64_t heads_q = q.size(1), heads_k = k.size(1);
-    return is_like(k, q) && is_like(v, q) && is_supported(q.scalar_type()) &&
-           k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == heads_k &&
-           (heads_q == heads_k || (enable_gqa && heads_k > 0 && heads_q % heads_k == 0)) &&
-           k.size(3) == q.size(3) && q.size(3) > 0 && v.size(2) == k.size(2);
+bool fit(const Tensor &q_, const Tensor &k_, const Tensor &v_, bool enable_gqa) {
+    const at::IntArrayRef q = q_.sizes(), k = k_.sizes(), v = v_.sizes();
+    return is_like(k_, q_) && is_like(v_, q_) && is_supported(q_.scalar_type()) && k[0] == q[0] &&
+           v[0] == q[0] && v[1] == k[1] &&
+           (q[1] == k[1] || (enable_gqa && k[1] > 0 && q[1] % k[1] == 0)) && k[3] == q[3] &&
+           q[3] > 0 && v[2] == k[2];
 }
 
 // A mask that broadcasts, and of which no dimension was expanded: functional.py would undo that.

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
@@ -53,7 +54,7 @@ void check_device(const char *name, const Tensor &t, const Tensor &q) {
 }
 
 bool rows_are_contiguous(const Tensor &t) {
-    return t.size(-1) <= 1 || t.stride(-1) == 1;
+    return t.sizes().back() <= 1 || t.strides().back() == 1;
 }
 
 // Kernels want the last dimension contiguous; the others may have any strides.
@@ -62,11 +63,13 @@ Tensor with_contiguous_rows(const Tensor &t) {
 }
 
 fa_tensor input(const Tensor &t) {
-    return {const_cast<void *>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+    const at::IntArrayRef strides = t.strides();
+    return {const_cast<void *>(t.const_data_ptr()), strides[0], strides[1], strides[2]};
 }
 
 fa_tensor output(const Tensor &t) {
-    return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+    const at::IntArrayRef strides = t.strides();
+    return {t.mutable_data_ptr(), strides[0], strides[1], strides[2]};
 }
 
 // 0 where the mask broadcasts.
@@ -74,12 +77,25 @@ int64_t broadcast_stride(const Tensor &mask, int64_t dim) {
     return mask.size(dim) == 1 ? 0 : mask.stride(dim);
 }
 
+// On t's device; by the shortest way, since a small call allocates for as long as it computes.
+Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const Tensor &t,
+                     at::ScalarType dtype) {
+    if (t.is_cpu())
+        return at::detail::empty_strided_cpu(sizes, strides, dtype);
+    return at::empty_strided(sizes, strides, t.options().dtype(dtype));
+}
+
+// In place of a gradient that is not wanted.
+Tensor no_gradient(const Tensor &t) {
+    return empty_strided({0}, {1}, t, t.scalar_type());
+}
+
 // Memory for the gradient of t, in t's order of dimensions where that keeps rows contiguous.
 Tensor empty_gradient(const Tensor &t, bool wanted) {
     if (!wanted)
-        return at::empty({0}, t.options());
+        return no_gradient(t);
     if (rows_are_contiguous(t) && t.is_non_overlapping_and_dense()) // what empty_like finds out
-        return at::empty_strided(t.sizes(), t.strides(), t.options());
+        return empty_strided(t.sizes(), t.strides(), t, t.scalar_type());
     const Tensor grad = at::empty_like(t);
     return rows_are_contiguous(grad) ? grad : at::empty(t.sizes(), t.options());
 }
@@ -99,27 +115,28 @@ Inputs::Inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Optional
 }
 
 void Inputs::set_qkv(const Tensor &q_, const Tensor &k_, const Tensor &v_) {
-    TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4 && v_.dim() == 4,
+    const at::IntArrayRef sizes_q = q_.sizes(), sizes_k = k_.sizes(), sizes_v = v_.sizes();
+    TORCH_CHECK(sizes_q.size() == 4 && sizes_k.size() == 4 && sizes_v.size() == 4,
                 "flash_attn_ext: q, k and v must be 4-dimensional [batch, heads, length, head "
                 "size], but got q ",
-                q_.sizes(), ", k ", k_.sizes(), " and v ", v_.sizes());
+                sizes_q, ", k ", sizes_k, " and v ", sizes_v);
     TORCH_CHECK(q_.scalar_type() == k_.scalar_type() && q_.scalar_type() == v_.scalar_type(),
                 "flash_attn_ext: q, k and v must have the same dtype, but got q ", q_.scalar_type(),
                 ", k ", k_.scalar_type(), " and v ", v_.scalar_type());
-    const int64_t heads_q = q_.size(1), heads_k = k_.size(1);
-    TORCH_CHECK(k_.size(0) == q_.size(0) && v_.size(0) == q_.size(0),
-                "flash_attn_ext: q, k and v must have the same batch size, but got q ", q_.sizes(),
-                ", k ", k_.sizes(), " and v ", v_.sizes());
-    TORCH_CHECK(v_.size(1) == heads_k && v_.size(2) == k_.size(2),
-                "flash_attn_ext: k and v must have the same heads and length, but got k ",
-                k_.sizes(), " and v ", v_.sizes());
+    const int64_t heads_q = sizes_q[1], heads_k = sizes_k[1];
+    TORCH_CHECK(sizes_k[0] == sizes_q[0] && sizes_v[0] == sizes_q[0],
+                "flash_attn_ext: q, k and v must have the same batch size, but got q ", sizes_q,
+                ", k ", sizes_k, " and v ", sizes_v);
+    TORCH_CHECK(sizes_v[1] == heads_k && sizes_v[2] == sizes_k[2],
+                "flash_attn_ext: k and v must have the same heads and length, but got k ", sizes_k,
+                " and v ", sizes_v);
     TORCH_CHECK(heads_k > 0 ? heads_q % heads_k == 0 : heads_q == 0,
                 "flash_attn_ext: the heads of q must be a multiple of those of k and v, but "
                 "got q ",
-                q_.sizes(), " and k ", k_.sizes());
-    TORCH_CHECK(k_.size(3) == q_.size(3),
-                "flash_attn_ext: q and k must have the same head size, but got q ", q_.sizes(),
-                " and k ", k_.sizes());
+                sizes_q, " and k ", sizes_k);
+    TORCH_CHECK(sizes_k[3] == sizes_q[3],
+                "flash_attn_ext: q and k must have the same head size, but got q ", sizes_q,
+                " and k ", sizes_k);
     check_device("k", k_, q_);
     check_device("v", v_, q_);
     q = with_contiguous_rows(q_);
@@ -127,13 +144,13 @@ void Inputs::set_qkv(const Tensor &q_, const Tensor &k_, const Tensor &v_) {
     v = with_contiguous_rows(v_);
     params.device = q.get_device();
     params.dtype = dtype_of("q", q);
-    params.batch = q.size(0);
+    params.batch = sizes_q[0];
     params.heads_q = heads_q;
     params.heads_k = heads_k;
-    params.seq_q = q.size(2);
-    params.seq_k = k.size(2);
-    params.head_dim = q.size(3);
-    params.head_dim_v = v.size(3);
+    params.seq_q = sizes_q[2];
+    params.seq_k = sizes_k[2];
+    params.head_dim = sizes_q[3];
+    params.head_dim_v = sizes_v[3];
     params.q = input(q);
     params.k = input(k);
     params.v = input(v);
@@ -187,7 +204,7 @@ void Inputs::set_dropout(double dropout_p, const OptionalTensor &rng_state_) {
 BackwardInputs::BackwardInputs(const Tensor &grad_out_, const Tensor &out_, const Tensor &lse_,
                                Inputs inputs)
     : Inputs(std::move(inputs)) {
-    const at::DimVector out_sizes = {q.size(0), q.size(1), q.size(2), v.size(3)};
+    const at::DimVector out_sizes = {params.batch, params.heads_q, params.seq_q, params.head_dim_v};
     check_like("grad_out", grad_out_, out_sizes, q.scalar_type());
     check_like("out", out_, out_sizes, q.scalar_type());
     check_like("lse", lse_, lse_sizes(), acc_dtype(q));
@@ -203,14 +220,17 @@ BackwardInputs::BackwardInputs(const Tensor &grad_out_, const Tensor &out_, cons
 }
 
 std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch) {
-    const auto &[q, k, v] = std::tie(inputs.q, inputs.k, inputs.v);
+    const fa_params &p = inputs.params;
+    const Tensor &q = inputs.q;
     // [B, Hq, Sq, Dv] on memory [B, Sq, Hq, Dv]: joining the heads afterwards needs no copy.
     const auto at_least_1 = [](int64_t size) { return std::max<int64_t>(size, 1); };
-    const int64_t heads = at_least_1(q.size(1)), dim_v = at_least_1(v.size(3));
-    const Tensor out = at::empty_strided(
-        {q.size(0), q.size(1), q.size(2), v.size(3)},
-        {at_least_1(q.size(2)) * heads * dim_v, dim_v, heads * dim_v, 1}, q.options());
-    const Tensor lse = at::empty(inputs.lse_sizes(), q.options().dtype(acc_dtype(q)));
+    const int64_t length = at_least_1(p.seq_q), heads = at_least_1(p.heads_q),
+                  dim_v = at_least_1(p.head_dim_v);
+    const Tensor out =
+        empty_strided({p.batch, p.heads_q, p.seq_q, p.head_dim_v},
+                      {length * heads * dim_v, dim_v, heads * dim_v, 1}, q, q.scalar_type());
+    const Tensor lse =
+        empty_strided(inputs.lse_sizes(), {heads * length, length, 1}, q, acc_dtype(q));
     if (inputs.no_scores()) {
         out.zero_();
         lse.fill_(-std::numeric_limits<double>::infinity());
@@ -240,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(BackwardInputs &inputs,
                           acc_dtype(q) != q.scalar_type() && mask.sizes() == scores;
     const Tensor dmask = in_dtype      ? at::empty(scores, q.options())
                          : mask_wanted ? at::zeros(mask.sizes(), inputs.lse.options())
-                                       : at::empty({0}, q.options());
+                                       : no_gradient(q);
     if (inputs.no_scores()) {
         dq.zero_();
         dk.zero_();

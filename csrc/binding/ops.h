@@ -42,8 +42,10 @@ struct Inputs {
            const OptionalTensor &rng_state, double scale, int64_t window_left, int64_t window_right,
            int64_t diagonal_offset, double dropout_p);
 
-    at::DimVector lse_sizes() const { return {q.size(0), q.size(1), q.size(2)}; }
-    bool no_scores() const { return q.size(0) * q.size(1) * q.size(2) * k.size(2) == 0; }
+    at::DimVector lse_sizes() const { return {params.batch, params.heads_q, params.seq_q}; }
+    bool no_scores() const {
+        return params.batch * params.heads_q * params.seq_q * params.seq_k == 0;
+    }
 
 private:
     void set_qkv(const Tensor &q_, const Tensor &k_, const Tensor &v_);
