@@ -4,6 +4,13 @@
 
 #include "flash_attention.h"
 
+/* Whether several scores have the same element of the mask's gradient. */
+static inline int fa_mask_grad_broadcasts(const struct fa_params *p) {
+    const struct fa_mask_grad *m = &p->dmask;
+    return (p->batch > 1 && !m->stride_batch) || (p->heads_q > 1 && !m->stride_head) ||
+           (p->seq_q > 1 && !m->stride_row) || (p->seq_k > 1 && !m->stride_col);
+}
+
 /* Why p is FA_INVALID, a static string that names the field; NULL: it is not. */
 static inline const char *fa_check(const struct fa_params *p) {
     if (p->dtype != FA_FLOAT32 && p->dtype != FA_FLOAT64 && p->dtype != FA_BFLOAT16 &&
@@ -21,6 +28,8 @@ static inline const char *fa_check(const struct fa_params *p) {
     if (p->mask.data && p->mask.dtype != FA_BOOL && p->mask.dtype != FA_FLOAT32 &&
         p->mask.dtype != p->dtype)
         return "mask: must be bool, float32 or of the dtype of q";
+    if (p->dmask.in_dtype && (p->mask.dtype != p->dtype || fa_mask_grad_broadcasts(p)))
+        return "dmask: in_dtype is for a mask of the dtype of q that broadcasts nothing";
     return NULL;
 }
 

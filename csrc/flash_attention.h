@@ -54,8 +54,8 @@ struct fa_mask {
 struct fa_mask_grad {
     void *data; /* NULL: not wanted */
     int64_t stride_batch, stride_head, stride_row, stride_col;
-    int in_dtype; /* CUDA kernels, where mask has the dtype of q and broadcasts nothing: type dtype,
-                     and the kernels write every element */
+    int in_dtype; /* where mask has the dtype of q and broadcasts nothing: type dtype, the last
+                     dimension contiguous, and the kernels write every element */
 };
 
 /* Threads belong to the caller. run() calls body(ctx, id) for every id in [0, num_threads), as

@@ -89,7 +89,7 @@ attention_backward(const Tensor &grad_out, const Tensor &q, const Tensor &k, con
     BackwardInputs inputs(grad_out, out, lse,
                           Inputs(q, k, v, mask, rng_state, scale, window_left, window_right,
                                  diagonal_offset, dropout_p));
-    return run_backward(inputs, grad_wanted, backward, MaskGrad::acc);
+    return run_backward(inputs, grad_wanted, backward, MaskGrad::any);
 }
 
 } // namespace

@@ -108,7 +108,7 @@ attention_backward(const Tensor &grad_out, const Tensor &q, const Tensor &k, con
                           Inputs(q, k, v, mask, rng_state, scale, window_left, window_right,
                                  diagonal_offset, dropout_p));
     if (supported(inputs))
-        return run_backward(inputs, grad_wanted, backward, MaskGrad::dtype);
+        return run_backward(inputs, grad_wanted, backward, MaskGrad::half);
     const auto results =
         walkthrough("flash_attn_ext::attention_backward", grad_out, q, k, v, mask, rng_state, out,
                     lse, scale, window_left, window_right, diagonal_offset, dropout_p, grad_wanted);

@@ -255,9 +255,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(BackwardInputs &inputs,
     const Tensor dk = empty_gradient(k, grad_wanted[1]);
     const Tensor dv = empty_gradient(v, grad_wanted[2]);
     const at::DimVector scores = {q.size(0), q.size(1), q.size(2), k.size(2)};
-    const bool in_dtype = mask_wanted && mask_grad == MaskGrad::dtype && !inputs.no_scores() &&
-                          mask.scalar_type() == q.scalar_type() &&
-                          acc_dtype(q) != q.scalar_type() && mask.sizes() == scores;
+    const bool in_dtype = mask_wanted && !inputs.no_scores() &&
+                          mask.scalar_type() == q.scalar_type() && mask.sizes() == scores &&
+                          (mask_grad == MaskGrad::any || acc_dtype(q) != q.scalar_type());
     const Tensor dmask = in_dtype      ? at::empty(scores, q.options())
                          : mask_wanted ? at::zeros(mask.sizes(), inputs.lse.options())
                                        : no_gradient(q);

@@ -63,8 +63,9 @@ struct BackwardInputs : Inputs {
 // Runs the kernels of a device, with the workspace that they ask for; raises what goes wrong.
 using Launch = void(fa_params &params);
 
-// In which types a device's kernels write the gradient of a mask that broadcasts nothing.
-enum class MaskGrad { acc, dtype };
+// Of which types a device's kernels write the gradient of a mask that broadcasts nothing; others
+// they add to an acc.
+enum class MaskGrad { any, half };
 
 // The operators, once their inputs are checked: allocate the results, launch.
 std::tuple<Tensor, Tensor> run_forward(Inputs &inputs, Launch *launch);

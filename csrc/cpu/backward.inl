@@ -16,7 +16,7 @@ enum { T(sums_in_place) = sizeof(elem) == sizeof(real) };
 struct T(backward_scratch) {
     operand *Qt, *dOt; /* [D / DEPTH][ld], [Dv / DEPTH][ld] */
     real *S, *dP;      /* [block_n][ld] */
-    real *edit;        /* [block_n][ld], a mask, then dropout */
+    real *keep;        /* [block_n][ld], dropout */
     operand *P, *dS;   /* [block_n][ld / DEPTH], in place of S and dP where operands are reals */
     operand *dS_keys;  /* [block_n / DEPTH][ld], dS for a sum over keys, likewise */
     operand *Ka, *Va;  /* [block_n][operand_ld]; A of K Q^T and V dO^T; NULL: in place */
@@ -40,7 +40,7 @@ static size_t T(take_backward_scratch)(struct T(backward_scratch) * s, const str
     s->dOt = TAKE(operand, fa_div_up(dv, DEPTH) * ld);
     s->S = TAKE(real, n * ld);
     s->dP = TAKE(real, n * ld);
-    s->edit = TAKE(real, p->mask.data || p->dropout_p > 0 ? n * ld : 0);
+    s->keep = TAKE(real, p->dropout_p > 0 ? n * ld : 0);
     s->P = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : (operand *)s->S;
     s->dS = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : (operand *)s->dP;
     s->dS_keys = DEPTH > 1 ? TAKE(operand, n * ld / DEPTH) : s->dS;
@@ -227,20 +227,15 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
     gemm(s->dP, ld, tile->Va + skip * tile->ld_va, tile->ld_va, 1, s->dOt, ld, keys, ld,
          fa_div_up(p->head_dim_v, DEPTH), 0, &ahead_do);
 
-    real scale = (real)p->scale;
-    if (p->mask.data || T(window_cuts)(p, queries, key, keys)) {
-        if (p->mask.data)
-            T(load_mask)(s->edit, p, batch, queries, key, keys);
-        T(edit_scores)(s->S, p, queries, key, keys, scale, p->mask.data ? s->edit : NULL);
-        scale = 1;
-    }
+    T(edit_scores)(s->S, p, batch, queries, key, keys);
     if (p->dropout_p > 0)
-        T(draw_dropout)(s->edit, p, batch, queries, key, keys);
+        T(draw_dropout)(s->keep, p, batch, queries, key, keys);
     const int64_t statistics = h % fa_heads_per_group(p) * T(statistics_ld)(p) + i;
-    T(probabilities_and_dS)(s, keys, ld, scale, s->lse + statistics, s->delta + statistics,
-                            p->dropout_p > 0 ? s->edit : NULL, p->dmask.data != NULL);
+    T(probabilities_and_dS)(s, keys, ld, T(score_scale)(p), s->lse + statistics,
+                            s->delta + statistics, p->dropout_p > 0 ? s->keep : NULL,
+                            p->dmask.data != NULL);
     if (p->dmask.data)
-        T(add_mask_gradient)(p, batch, queries, key, keys, s->dP);
+        T(mask_gradient)(p, batch, queries, key, keys, s->dP);
     if (p->dv.data) {
         int64_t ldb;
         const operand *dO = T(panel_operand)(T(at)(&p->dout, batch, h, i), p->dout.stride_row,
@@ -293,6 +288,8 @@ static void T(backward_keys)(const struct fa_params *p, const struct fa_key_shar
         if (DEPTH > 1)
             tile.Kb =
                 T(panel_operand)(K, p->k.stride_row, tile.keys, p->head_dim, s.Kb, &tile.ld_kb);
+        if (p->dmask.in_dtype && fa_is_windowed(p))
+            T(clear_mask_gradient)(p, b, hk, first, tile.keys);
         if (p->dk.data) {
             tile.dK = T(sums_of)(&p->dk, b, hk, first, p->head_dim, s.dK);
             T(clear_sums)(tile.dK, tile.keys, p->head_dim);

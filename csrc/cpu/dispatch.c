@@ -109,7 +109,6 @@ enum fa_status fa_cpu_supports(const struct fa_params *p, const char **reason) {
             "cu_seqlens: packed sequences are not in the CPU kernels")
     REQUIRE(!p->block_table, FA_UNSUPPORTED,
             "block_table: paged keys and values are not in the CPU kernels")
-    REQUIRE(!p->dmask.in_dtype, FA_UNSUPPORTED, "dmask: the CPU kernels write it as acc")
     REQUIRE(!p->partial_out, FA_UNSUPPORTED, "partial_out: not in the CPU kernels")
     REQUIRE(current_isa(), FA_UNSUPPORTED,
             "FLASH_ATTN_EXT_ISA: names an instruction set that is unknown or not on this machine")

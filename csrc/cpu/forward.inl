@@ -17,7 +17,7 @@ struct T(forward_scratch) {
     struct T(query_block) blocks[FA_TILE_BLOCKS];
     real *S;       /* [block_n][ld] */
     operand *P;    /* [block_n / DEPTH][ld], in place of S where operands are reals */
-    real *edit;    /* [block_n][ld], a mask, then dropout */
+    real *keep;    /* [block_n][ld], dropout */
     operand *K;    /* [block_n][operand_ld(D)], NULL: K can be read in place */
     operand *V;    /* [block_n / DEPTH][panel_ld(Dv)], likewise */
     real *rescale; /* [ld] */
@@ -41,7 +41,7 @@ static size_t T(take_forward_scratch)(struct T(forward_scratch) * s, const struc
     }
     s->S = TAKE(real, n * ld);
     s->P = DEPTH > 1 ? TAKE(operand, n / DEPTH * ld) : (operand *)s->S;
-    s->edit = TAKE(real, p->mask.data || p->dropout_p > 0 ? n * ld : 0);
+    s->keep = TAKE(real, p->dropout_p > 0 ? n * ld : 0);
     s->K = s->V = NULL;
     if (!T(are_operands)(&p->k, p->head_dim))
         s->K = TAKE(operand, n * T(operand_ld)(p->head_dim));
@@ -55,17 +55,6 @@ static size_t T(take_forward_scratch)(struct T(forward_scratch) * s, const struc
 static size_t T(forward_scratch_bytes)(const struct fa_params *p, int rows) {
     struct T(forward_scratch) s;
     return T(take_forward_scratch)(&s, p, rows, NULL);
-}
-
-/* Whether edit_scores scales every tile: a mask is added to scaled scores, and the maximum of
- * scores is not that of scaled ones unless the scale is positive. */
-static int T(scales_early)(const struct fa_params *p) {
-    return p->mask.data || !(p->scale > 0);
-}
-
-/* What online_softmax has to multiply scores by. */
-static real T(score_scale)(const struct fa_params *p) {
-    return T(scales_early)(p) ? 1 : (real)p->scale;
 }
 
 /* P = exp2((S - m) * scale) of the keys [j, j + n) of a tile, times what dropout keeps if `keep` is
@@ -210,15 +199,10 @@ static void T(attend)(const struct T(query_block) * block, const struct T(forwar
                  depth, ahead_k, ahead_v);
     else
         gemm(s->S, ld, K, tile->ldk, 1, block->Q, ld, keys, ld, depth, 0, ahead_k);
-    if (T(scales_early)(p) || T(window_cuts)(p, queries, key, keys)) {
-        if (p->mask.data)
-            T(load_mask)(s->edit, p, batch, queries, key, keys);
-        T(edit_scores)(s->S, p, queries, key, keys, T(scales_early)(p) ? (real)p->scale : 1,
-                       p->mask.data ? s->edit : NULL);
-    }
+    T(edit_scores)(s->S, p, batch, queries, key, keys);
     if (p->dropout_p > 0)
-        T(draw_dropout)(s->edit, p, batch, queries, key, keys);
-    T(online_softmax)(s->S, s->P, p->dropout_p > 0 ? s->edit : NULL, keys, ld,
+        T(draw_dropout)(s->keep, p, batch, queries, key, keys);
+    T(online_softmax)(s->S, s->P, p->dropout_p > 0 ? s->keep : NULL, keys, ld,
                       T(score_scale)(p) * (real)FA_LOG2E, block->m, block->l, s->rescale);
     T(rescale_rows)(block->O, queries->count, s->ld_o, s->rescale);
     gemm(block->O, s->ld_o, s->P, 1, ld, tile->V + skip / DEPTH * tile->ldv, tile->ldv,

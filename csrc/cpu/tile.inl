@@ -158,6 +158,8 @@ FA_ALWAYS_INLINE vec T(mask_line)(const struct fa_params *p, int64_t x, int n) {
     real line[LANES] = {0};
     if (mask->dtype == FA_BOOL) {
         const uint8_t *value = (const uint8_t *)mask->data + x;
+        if (stride == 1 && n == LANES)
+            return V(hide)(value);
         for (int j = 0; j < n; j++)
             line[j] = value[j * stride] ? 0 : (real)-INFINITY;
     } else if (mask->dtype == FA_FLOAT32 && p->dtype != FA_FLOAT32) {
@@ -174,9 +176,9 @@ FA_ALWAYS_INLINE vec T(mask_line)(const struct fa_params *p, int64_t x, int n) {
     return V(load)(line);
 }
 
-/* tile[j][r] = what the mask adds to the score of query r and key `key + j`. */
-static void T(load_mask)(real *tile, const struct fa_params *p, int64_t batch,
-                         const struct T(queries) * queries, int64_t key, int keys) {
+/* S = S * scale + mask. */
+static void T(add_mask)(real *S, const struct fa_params *p, int64_t batch,
+                        const struct T(queries) * queries, int64_t key, int keys, real scale) {
     const struct fa_mask *mask = &p->mask;
     for (int first = 0; first < queries->ld; first += LANES) {
         int64_t start[LANES];
@@ -191,16 +193,55 @@ static void T(load_mask)(real *tile, const struct fa_params *p, int64_t batch,
                 block[r] =
                     r < rows ? T(mask_line)(p, start[r] + j * mask->stride_col, n) : V(set1)(0);
             V(transpose)(block);
-            for (int x = 0; x < n; x++)
-                V(store)(tile + (j + x) * queries->ld + first, block[x]);
+            for (int x = 0; x < n; x++) {
+                real *s = S + (j + x) * queries->ld + first;
+                V(store)(s, V(fma)(V(load)(s), V(set1)(scale), block[x]));
+            }
         }
     }
 }
 
-/* dmask += dS, summed over whatever the gradient broadcasts. */
-static void T(add_mask_gradient)(const struct fa_params *p, int64_t batch,
-                                 const struct T(queries) * queries, int64_t key, int keys,
-                                 const real *dS) {
+/* Row `row` of the gradient of a mask, from key `key` on: += or, if it is written in the type of
+ * elements, = dS of n keys. */
+FA_ALWAYS_INLINE void T(put_mask_gradient)(const struct fa_mask_grad *grad, int64_t row,
+                                           int64_t key, vec dS, int n) {
+    const int64_t x = row + key * grad->stride_col;
+    if (grad->in_dtype) {
+        elem *to = (elem *)grad->data + x;
+        if (n < LANES)
+            E(store_n)(to, dS, n);
+        else
+            E(store)(to, dS);
+        return;
+    }
+    real *to = (real *)grad->data + x;
+    if (grad->stride_col != 1) {
+        for (int j = 0; j < n; j++)
+            to[j * grad->stride_col] += dS[j];
+    } else if (n < LANES) {
+        V(store_n)(to, V(load_n)(to, n) + dS, n);
+    } else {
+        V(store)(to, V(load)(to) + dS);
+    }
+}
+
+/* Zeros for the queries that do not see these keys, where the gradient is not summed up. */
+static void T(clear_mask_gradient)(const struct fa_params *p, int64_t batch, int64_t head_k,
+                                   int64_t key, int64_t keys) {
+    const struct fa_mask_grad *grad = &p->dmask;
+    const int64_t group = fa_heads_per_group(p);
+    for (int64_t h = head_k * group; h < (head_k + 1) * group; h++) {
+        for (int64_t i = 0; i < p->seq_q; i++)
+            memset((elem *)grad->data + batch * grad->stride_batch + h * grad->stride_head +
+                       i * grad->stride_row + key,
+                   0, (size_t)keys * sizeof(elem));
+    }
+}
+
+/* What dS of a tile, [keys][ld], is to the gradient of the mask. */
+static void T(mask_gradient)(const struct fa_params *p, int64_t batch,
+                             const struct T(queries) * queries, int64_t key, int keys,
+                             const real *dS) {
     const struct fa_mask_grad *grad = &p->dmask;
     for (int first = 0; first < queries->ld; first += LANES) {
         const int rows = (int)fa_min(LANES, queries->count - first);
@@ -211,29 +252,18 @@ static void T(add_mask_gradient)(const struct fa_params *p, int64_t batch,
                 block[x] = x < n ? V(load)(dS + (j + x) * queries->ld + first) : V(set1)(0);
             V(transpose)(block);
             for (int r = 0; r < rows; r++) {
-                real *row = (real *)grad->data + batch * grad->stride_batch +
-                            queries->head[first + r] * grad->stride_head +
-                            queries->row[first + r] * grad->stride_row +
-                            (key + j) * grad->stride_col;
-                if (grad->stride_col == 1) {
-                    vec sum = block[r] + (n < LANES ? V(load_n)(row, n) : V(load)(row));
-                    if (n < LANES)
-                        V(store_n)(row, sum, n);
-                    else
-                        V(store)(row, sum);
-                } else {
-                    for (int x = 0; x < n; x++)
-                        row[x * grad->stride_col] += block[r][x];
-                }
+                const int64_t row = batch * grad->stride_batch +
+                                    queries->head[first + r] * grad->stride_head +
+                                    queries->row[first + r] * grad->stride_row;
+                T(put_mask_gradient)(grad, row, key + j, block[r], n);
             }
         }
     }
 }
 
-/* S = S * scale + mask, minus infinity outside the window. `mask` is a tile of load_mask or NULL.
- */
-static void T(edit_scores)(real *S, const struct fa_params *p, const struct T(queries) * queries,
-                           int64_t key, int keys, real scale, const real *mask) {
+/* S = S * scale, minus infinity outside the window. */
+static void T(cut_window)(real *S, const struct fa_params *p, const struct T(queries) * queries,
+                          int64_t key, int keys, real scale) {
     const int ld = queries->ld;
     /* Query r sees the keys first[r] .. last[r] of this tile. Small whole numbers, exact as reals.
      */
@@ -246,11 +276,9 @@ static void T(edit_scores)(real *S, const struct fa_params *p, const struct T(qu
     for (int j = 0; j < keys; j++) {
         for (int r = 0; r < ld; r += LANES) {
             real *s = S + j * ld + r;
-            vec x = V(load)(s) * V(set1)(scale);
-            if (mask)
-                x = x + V(load)(mask + j * ld + r);
-            x = V(where_between)(x, V(set1)((real)j), V(load)(first + r), V(load)(last + r));
-            V(store)(s, x);
+            const vec x = V(load)(s) * V(set1)(scale);
+            V(store)(s,
+                     V(where_between)(x, V(set1)((real)j), V(load)(first + r), V(load)(last + r)));
         }
     }
 }
@@ -266,6 +294,27 @@ static int T(window_cuts)(const struct fa_params *p, const struct T(queries) * q
             return 1;
     }
     return 0;
+}
+
+/* Whether edit_scores scales every tile: a mask is added to scaled scores, the maximum of scores is
+ * not that of scaled ones unless the scale is positive, and minus infinity stays what it is. */
+static int T(scales_early)(const struct fa_params *p) {
+    return p->mask.data || !(p->scale > 0);
+}
+
+/* What scores have to be multiplied by after edit_scores. */
+static real T(score_scale)(const struct fa_params *p) {
+    return T(scales_early)(p) ? 1 : (real)p->scale;
+}
+
+/* The mask and the window of a tile. */
+static void T(edit_scores)(real *S, const struct fa_params *p, int64_t batch,
+                           const struct T(queries) * queries, int64_t key, int keys) {
+    const int scales = T(scales_early)(p) && !p->mask.data;
+    if (p->mask.data)
+        T(add_mask)(S, p, batch, queries, key, keys, (real)p->scale);
+    if (scales || T(window_cuts)(p, queries, key, keys))
+        T(cut_window)(S, p, queries, key, keys, scales ? (real)p->scale : 1);
 }
 
 /* --- dropout --- */

@@ -137,9 +137,15 @@ static void draw_mask(struct call *c) {
               : dtype == FA_BOOL  ? -INFINITY
                                   : lowest);
     }
-    if (dtype != FA_BOOL && one_in(2)) {
+    if (dtype == FA_BOOL || one_in(2))
+        return;
+    const int64_t full[4] = {p->batch, p->heads_q, p->seq_q, p->seq_k};
+    p->dmask.in_dtype = dtype == p->dtype && memcmp(size, full, sizeof full) == 0 &&
+                        p->batch * p->heads_q * p->seq_q * p->seq_k > 0 && !one_in(4);
+    if (p->dmask.in_dtype)
+        draw_rows(&c->dmask, dtype, size, 0);
+    else
         draw_mask_layout(&c->dmask, p->dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32, size);
-    }
 }
 
 static struct fa_tensor tensor(const struct array *a) {
@@ -210,7 +216,8 @@ static void draw_call(struct call *c, uint64_t seed) {
     p->mask =
         (struct fa_mask){c->mask.data, c->mask.dtype, stride[0], stride[1], stride[2], stride[3]};
     stride = c->dmask.stride;
-    p->dmask = (struct fa_mask_grad){c->dmask.data, stride[0], stride[1], stride[2], stride[3], 0};
+    p->dmask = (struct fa_mask_grad){c->dmask.data, stride[0], stride[1],
+                                     stride[2],     stride[3], p->dmask.in_dtype};
 }
 
 static void free_call(struct call *c) {

@@ -71,8 +71,10 @@ static enum fa_status run_backward(const struct fa_params *p) {
 }
 
 static void run_both(struct call *c) {
-    FOR_EACH_ELEMENT(&c->dmask, index, n) {
-        store(c->dmask.dtype, c->dmask.data, index, 0);
+    if (!c->p.dmask.in_dtype) { /* to be added to */
+        FOR_EACH_ELEMENT(&c->dmask, index, n) {
+            store(c->dmask.dtype, c->dmask.data, index, 0);
+        }
     }
     enum fa_status forward = run_forward(&c->p), backward = run_backward(&c->p);
     if (forward != FA_OK || backward != FA_OK)
@@ -202,6 +204,7 @@ static const char *make_invalid(struct fa_params *p, int n) {
     CHANGE(dropout_p = 1.1);
     CHANGE(dropout_p = NAN);
     CHANGE(mask = ((struct fa_mask){.data = &some_float, .dtype = (enum fa_dtype)99}));
+    CHANGE(dmask.in_dtype = 1, p->mask.dtype = FA_BOOL);
     return NULL;
 }
 

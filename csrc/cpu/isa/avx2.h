@@ -65,6 +65,11 @@ static inline f32_vec f32_where_between(f32_vec x, f32_vec j, f32_vec lo, f32_ve
         _mm256_and_ps(_mm256_cmp_ps(j, lo, _CMP_NLT_UQ), _mm256_cmp_ps(j, hi, _CMP_NGT_UQ));
     return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, in);
 }
+static inline f32_vec f32_hide(const uint8_t *p) {
+    const __m256i seen = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    const __m256i hidden = _mm256_cmpeq_epi32(seen, _mm256_setzero_si256());
+    return _mm256_and_ps(_mm256_castsi256_ps(hidden), _mm256_set1_ps(-INFINITY));
+}
 static inline float f32_sum(f32_vec x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -143,6 +148,13 @@ static inline f64_vec f64_where_between(f64_vec x, f64_vec j, f64_vec lo, f64_ve
     f64_vec in =
         _mm256_and_pd(_mm256_cmp_pd(j, lo, _CMP_NLT_UQ), _mm256_cmp_pd(j, hi, _CMP_NGT_UQ));
     return _mm256_blendv_pd(_mm256_set1_pd(-INFINITY), x, in);
+}
+static inline f64_vec f64_hide(const uint8_t *p) {
+    int bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    const __m256i seen = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
+    const __m256i hidden = _mm256_cmpeq_epi64(seen, _mm256_setzero_si256());
+    return _mm256_and_pd(_mm256_castsi256_pd(hidden), _mm256_set1_pd(-INFINITY));
 }
 static inline double f64_sum(f64_vec x) {
     __m128d half = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));

@@ -61,6 +61,11 @@ static inline f32_vec f32_where_between(f32_vec x, f32_vec j, f32_vec lo, f32_ve
     in = _mm512_mask_cmp_ps_mask(in, j, hi, _CMP_NGT_UQ);
     return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), in, x);
 }
+static inline f32_vec f32_hide(const uint8_t *p) {
+    const __m128i seen = _mm_loadu_si128((const __m128i *)p);
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(seen, seen),
+                              _mm512_setzero_ps());
+}
 static inline float f32_sum(f32_vec x) {
     return _mm512_reduce_add_ps(x);
 }
@@ -138,6 +143,11 @@ static inline f64_vec f64_where_between(f64_vec x, f64_vec j, f64_vec lo, f64_ve
     __mmask8 in = _mm512_cmp_pd_mask(j, lo, _CMP_NLT_UQ);
     in = _mm512_mask_cmp_pd_mask(in, j, hi, _CMP_NGT_UQ);
     return _mm512_mask_mov_pd(_mm512_set1_pd(-INFINITY), in, x);
+}
+static inline f64_vec f64_hide(const uint8_t *p) {
+    const __m128i seen = _mm_loadl_epi64((const __m128i *)p);
+    return _mm512_mask_mov_pd(_mm512_set1_pd(-INFINITY), (__mmask8)_mm_test_epi8_mask(seen, seen),
+                              _mm512_setzero_pd());
 }
 static inline double f64_sum(f64_vec x) {
     return _mm512_reduce_add_pd(x);

@@ -71,6 +71,12 @@
         T##_mask out = (T##_mask)(j < lo) | (T##_mask)(j > hi);                                    \
         return T##_select(out, T##_set1(-INFINITY), x);                                            \
     }                                                                                              \
+    static inline T##_vec T##_hide(const uint8_t *p) {                                             \
+        T##_vec x;                                                                                 \
+        for (int i = 0; i < (LANES); i++)                                                          \
+            x[i] = p[i] ? 0 : (REAL) - INFINITY;                                                   \
+        return x;                                                                                  \
+    }                                                                                              \
     static inline REAL T##_sum(T##_vec x) {                                                        \
         REAL sum = x[0];                                                                           \
         for (int i = 1; i < (LANES); i++)                                                          \

@@ -248,13 +248,6 @@ int fa_cuda_has_window(const struct fa_params *p) {
     return p->window_left >= 0 || p->window_right >= 0;
 }
 
-/* Whether several scores have the same element of the mask's gradient. */
-static int mask_grad_broadcasts(const struct fa_params *p) {
-    const struct fa_mask_grad *m = &p->dmask;
-    return (p->batch > 1 && !m->stride_batch) || (p->heads_q > 1 && !m->stride_head) ||
-           (p->seq_q > 1 && !m->stride_row) || (p->seq_k > 1 && !m->stride_col);
-}
-
 /* Blocks of FA_CUDA_BACKWARD_MASK for a head: tiles of the gradient. */
 static int64_t mask_grad_blocks(const struct fa_params *p, const struct tile *t) {
     return (p->dmask.stride_row ? div_up(p->seq_q, t->block_m) : 1) *
@@ -282,9 +275,8 @@ enum fa_status fa_cuda_check(const struct fa_params *p, int arch) {
                 p->batch * p->heads_q * div_up(p->seq_q > p->seq_k ? p->seq_q : p->seq_k, 32) <=
                     INT_MAX,
             FA_UNSUPPORTED, "seq, heads, batch: too many for one launch")
-    REQUIRE(!p->dmask.in_dtype ||
-                (p->mask.dtype == p->dtype && p->dtype != FA_FLOAT32 && !mask_grad_broadcasts(p)),
-            FA_INVALID, "dmask: in_dtype is for a mask of the dtype of q that broadcasts nothing")
+    REQUIRE(!p->dmask.in_dtype || p->dtype != FA_FLOAT32, FA_UNSUPPORTED,
+            "dmask: in_dtype is not for float32 in the CUDA kernels")
     REQUIRE(!p->dmask.data || !p->deterministic ||
                 p->batch * p->heads_q *
                         mask_grad_blocks(p, find_tile(FA_CUDA_BACKWARD_MASK, p, arch, -1)) <=
@@ -352,9 +344,9 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
     }
     if (kernel == FA_CUDA_BACKWARD) {
         if (p->dmask.data)
-            s.variant.mask_grad = p->dmask.in_dtype          ? 3
-                                  : !mask_grad_broadcasts(p) ? 2
-                                                             : !p->deterministic;
+            s.variant.mask_grad = p->dmask.in_dtype             ? 3
+                                  : !fa_mask_grad_broadcasts(p) ? 2
+                                                                : !p->deterministic;
         s.blocks = (int)div_up(p->seq_k, t->block_n);
         s.heads = (int)p->heads_k;
     }
@@ -384,7 +376,7 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
     if (p->dq.data)
         steps[count++] =
             step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);
-    if (p->dmask.data && p->deterministic && mask_grad_broadcasts(p))
+    if (p->dmask.data && p->deterministic && fa_mask_grad_broadcasts(p))
         steps[count++] = step(FA_CUDA_BACKWARD_MASK, p, arch, sm_count);
     return count;
 }
