@@ -109,7 +109,7 @@ template <int N> struct Wgmma;
         }                                                                                          \
         /* D = A B, where D has numbers that nobody wants any more: as the compiler does not know  \
          * that a grid is never of 0 blocks, they go into it, and so it gives D no other           \
-         * registers. Of these there may be none, and it would wait for each wgmma, one by one. */                      \
+         * registers. Of these there may be none, and it would wait for each wgmma, one by one. */ \
         template <int A = OVER_COLS, int B = OVER_COLS>                                            \
         static __device__ __forceinline__ void                                                     \
         multiply_over(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {          \
