@@ -264,9 +264,9 @@ static __device__ __forceinline__ int first_key_of_warp() {
     return uniform(thread_index() / 32) * 16 - 64;
 }
 
-static __device__ __forceinline__ void store_gradients(const fa_kernel_params &p, const Work &work,
-                                                       const Gradient<DEPTH> &dK,
-                                                       const Gradient<DEPTH_V> &dV) {
+static __device__ __forceinline__ void
+store_gradients(const fa_kernel_params &p, const Gradient<DEPTH> &dK, const Gradient<DEPTH_V> &dV) {
+    const Work work(p); /* anew: there are no registers to keep it in */
     const int first = work.first_key + first_key_of_warp() + thread_index() % 32 / 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -359,7 +359,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         }
     }
 
-    store_gradients(p, work, dK, dV);
+    store_gradients(p, dK, dV);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

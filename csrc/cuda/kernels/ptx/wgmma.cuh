@@ -107,12 +107,14 @@ template <int N> struct Wgmma;
                          : D_##N##_COLS("+f")                                                      \
                          : "l"(a), "l"(b), "n"(A), "n"(B));                                        \
         }                                                                                          \
-        /* D = A B, where D has numbers that nobody wants any more: to the compiler they go into   \
-         * it, and so it gives D no other registers, of which there may be none. */                \
+        /* D = A B, where D has numbers that nobody wants any more: as the compiler does not know  \
+         * that a grid is never of 0 blocks, they go into it, and so it gives D no other           \
+         * registers. Of these there may be none, and it would wait for each wgmma, one by one. */ \
         template <int A = OVER_COLS, int B = OVER_COLS>                                            \
         static __device__ __forceinline__ void                                                     \
         multiply_over(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {          \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0;\n"                                   \
+            asm volatile("{.reg .pred p; .reg .b32 y; mov.b32 y, %%nctaid.y;\n"                    \
+                         "setp.eq.b32 p, y, 0;\n"                                                  \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
                          "}, %" #in0 ", %" #in1 ", p, 1, 1, %" #in2 ", %" #in3 ";}"                \
                          : D_##N##_COLS("+f")                                                      \
@@ -121,7 +123,8 @@ template <int N> struct Wgmma;
         /* Likewise, and D += A B; A in registers, the sum over rows of B. */                      \
         static __device__ __forceinline__ void                                                     \
         multiply_over(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {        \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0;\n"                                   \
+            asm volatile("{.reg .pred p; .reg .b32 y; mov.b32 y, %%nctaid.y;\n"                    \
+                         "setp.eq.b32 p, y, 0;\n"                                                  \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
                          "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4 ", p, 1, 1, 1;}"   \
                          : D_##N##_COLS("+f")                                                      \
