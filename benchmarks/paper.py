@@ -115,12 +115,14 @@ def main() -> None:
     parser.add_argument("--length", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--seconds", type=float, default=2.0, help="for one timing of all peers")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--commit", help="of the code, where there is no git repository")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
     record = facts() | (cuda_facts() if options.device == "cuda" else {})
+    record["commit"] = options.commit or record["commit"]
     stamp = {name: record[name] for name in ("commit", "date")}
     chosen = [
         cell

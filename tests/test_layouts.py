@@ -84,7 +84,7 @@ def test_broadcast_mask(broadcast, dtype, device):
 
     ours, full = run(mask), run(mask.expand_as(case.mask).contiguous())
     dmask, full_dmask = ours.pop("dmask", None), full.pop("dmask", None)
-    assert_same_bits(ours, full)
+    assert_agree(ours, full, same_forward=False)  # another kernel may be the one for such a mask
     if dmask is not None:
         assert dmask.dtype == mask.dtype
         summed = full_dmask.double().sum_to_size(shape)
