@@ -193,6 +193,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
         mbarrier_wait(&shared.K_full, 0);
         wait_full(shared.Q_full, 0);
         mbarrier_wait(&shared.V_full, 0);
+        /* So that the zeros are there before: else the compiler lets products run one by one, as it
+         * does where S is asked for in a loop that ends otherwise than by this break. */
         pin(dK);
         pin(dV);
         multiply_rows<DEPTH>(S, own_K, Q(0));
