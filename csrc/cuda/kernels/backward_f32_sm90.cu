@@ -18,6 +18,7 @@
  * of dO), FA_ALIGNED, FA_WINDOW. */
 #include "accumulators.cuh"
 #include "bf16x3.cuh"
+#include "block_keys.cuh"
 #include "ptx/stmatrix.cuh"
 #include "query_tiles.cuh"
 #include "ring.cuh"
@@ -60,16 +61,6 @@ struct Shared {
     mbarrier dO_full[1], dO_empty[1];
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
-
-/* The block's keys. */
-struct Work {
-    int first_key, h, b; /* of the key head */
-
-    __device__ __forceinline__ explicit Work(const fa_kernel_params &p)
-        : first_key(uniform(blockIdx.x % p.blocks * BLOCK_N)),
-          h(uniform(blockIdx.x / p.blocks % p.heads_k)),
-          b(uniform(blockIdx.x / p.blocks / p.heads_k)) {}
-};
 
 /* --- the warpgroup that splits --- */
 

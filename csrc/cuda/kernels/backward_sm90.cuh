@@ -6,6 +6,7 @@
 
 #include "accumulators.cuh"
 #include "backward_mask_sm90.cuh"
+#include "block_keys.cuh"
 #include "panels.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/stmatrix.cuh"
@@ -34,16 +35,6 @@ using STile = Panels<BLOCK_M, BLOCK_N>; /* dS: queries x keys */
  * once. */
 struct Maps {
     tensor_map q, k, v, dout, dk, dv, mask, dmask;
-};
-
-/* The block's keys. */
-struct Work {
-    int first_key, h, b; /* of the key head */
-
-    __device__ __forceinline__ explicit Work(const fa_kernel_params &p)
-        : first_key(uniform(blockIdx.x % p.blocks * BLOCK_N)),
-          h(uniform(blockIdx.x / p.blocks % p.heads_k)),
-          b(uniform(blockIdx.x / p.blocks / p.heads_k)) {}
 };
 
 /* x as it is, but the compiler computes nothing from it ahead of this place, and keeps nothing that

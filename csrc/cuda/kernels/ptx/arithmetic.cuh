@@ -1,48 +1,41 @@
 /* Arithmetic that CUDA C has no name for. */
 #pragma once
 
-/* Two floats, rounded to nearest, side by side; lo has the lower address. Of float32: to bf16, see
- * bf16x3.cuh. */
+/* Two numbers of 16 bits side by side, as instructions name them. Of float32: bf16, see bf16x3.cuh.
+ */
+#if FA_DTYPE_FP16
+#define PAIR "f16x2"
+#define PAIR_OF_ONES 0x3c003c00
+#else
+#define PAIR "bf16x2"
+#define PAIR_OF_ONES 0x3f803f80
+#endif
+
+/* Two floats, rounded to nearest; lo has the lower address. */
 static __device__ __forceinline__ unsigned pack(float lo, float hi) {
     unsigned pair;
-#if FA_DTYPE_BF16 || FA_DTYPE_FP32
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
-#endif
+    asm("cvt.rn." PAIR ".f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
     return pair;
 }
 
 /* The same, but what is too large for the type becomes its largest number. */
 static __device__ __forceinline__ unsigned pack_finite(float lo, float hi) {
     unsigned pair;
-#if FA_DTYPE_BF16
-    asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
-#else
-    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
-#endif
+    asm("cvt.rn.satfinite." PAIR ".f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
     return pair;
 }
 
 /* Products of both halves. */
 static __device__ __forceinline__ unsigned multiply_pairs(unsigned x, unsigned y) {
     unsigned pair;
-#if FA_DTYPE_BF16
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
-#else
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
-#endif
+    asm("mul.rn." PAIR " %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
     return pair;
 }
 
 /* Of both halves, what is larger than 1 in size becomes 1 or -1; NaN stays. */
 static __device__ __forceinline__ unsigned limit_pairs(unsigned x) {
     unsigned pair;
-#if FA_DTYPE_BF16
-    asm("min.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(0x3f803f80));
-#else
-    asm("min.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(0x3c003c00));
-#endif
+    asm("min.NaN.xorsign.abs." PAIR " %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(PAIR_OF_ONES));
     return pair;
 }
 
