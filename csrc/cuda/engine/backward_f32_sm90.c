@@ -4,16 +4,12 @@
 
 enum { BLOCK_M = 64, WARPGROUP_KEYS = 64, MAX_HEAD_DIM = 128 };
 
-static int largest_head_dim(const struct fa_params *p) {
-    return max((int)p->head_dim, (int)p->head_dim_v);
-}
-
 const char *fa_cuda_not_backward_f32_sm90(const struct fa_params *p, int arch) {
     if (arch != 90)
         return "backward_f32_sm90.cu is for compute capability 9.0";
     if (p->allow_tf32)
         return "backward_f32_sm90.cu computes as accurately as float32, TF32 is allowed";
-    if (largest_head_dim(p) > MAX_HEAD_DIM)
+    if (fa_cuda_larger_head_dim(p) > MAX_HEAD_DIM)
         return "backward_f32_sm90.cu is for head sizes up to 128";
     if (p->mask.data)
         return "backward_f32_sm90.cu has no masks";
@@ -24,9 +20,9 @@ const char *fa_cuda_not_backward_f32_sm90(const struct fa_params *p, int arch) {
 
 /* Two warpgroups compute where shared memory has room for their keys and a second Q. */
 void fa_cuda_backward_f32_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
-    enum { PANEL_BYTES = 3 * 64 * 64 * 2, BARRIERS = 256 }; /* 64 x 64 in three parts of bf16 */
+    enum { BARRIERS = 256 };
     struct fa_cuda_variant *v = &step->variant;
-    const int warpgroups = largest_head_dim(p) <= 64 ? 2 : 1;
+    const int warpgroups = fa_cuda_larger_head_dim(p) <= 64 ? 2 : 1;
     const int of_k = (int)div_up(p->head_dim, 64), of_v = (int)div_up(p->head_dim_v, 64);
     v->kernel = FA_CUDA_BACKWARD_F32_SM90;
     v->block_m = BLOCK_M;
@@ -37,7 +33,7 @@ void fa_cuda_backward_f32_sm90(const struct fa_params *p, struct fa_cuda_step *s
     step->blocks = (int)div_up(p->seq_k, v->block_n);
     /* The struct Shared of the kernel: K, V and dS, Q and dO, row_stats. */
     const int panels = warpgroups * (of_k + of_v + 1) + v->q_buffers * of_k + of_v;
-    step->shared_bytes =
-        (unsigned)(panels * PANEL_BYTES + v->q_buffers * BLOCK_M * 2 * (int)sizeof(float)) +
-        BARRIERS;
+    step->shared_bytes = (unsigned)(panels * FA_CUDA_SPLIT_PANEL_BYTES +
+                                    v->q_buffers * BLOCK_M * 2 * (int)sizeof(float)) +
+                         BARRIERS;
 }

@@ -15,7 +15,7 @@ static const struct tile {
     {128, FA_CUDA_BACKWARD_SM90, 64, 128, 2},
     {256, FA_CUDA_BACKWARD_WIDE_SM90, 64, 64, 2},
 };
-enum { THREADS = 384, STAGES = 2, SHARED_LIMIT = 227 << 10 };
+enum { THREADS = 384, STAGES = 2 };
 
 /* As FA_MASK_TILES says it. */
 enum { NO_TILES, TILES, ONE_FOR_ALL_QUERIES };
@@ -38,7 +38,7 @@ static int shared_bytes(const struct fa_cuda_variant *v) {
 
 static const struct tile *find_tile(const struct fa_params *p) {
     const struct tile *t = tiles;
-    while (t->max_head_dim < max((int)p->head_dim, (int)p->head_dim_v))
+    while (t->max_head_dim < fa_cuda_larger_head_dim(p))
         t++;
     return t;
 }
@@ -95,7 +95,7 @@ void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step)
     if (mask_grad_can_be_mapped(p))
         v->mask_grad = 4;
     v->q_buffers = (uint8_t)t->q_buffers;
-    while (shared_bytes(v) > SHARED_LIMIT)
+    while (shared_bytes(v) > FA_CUDA_SHARED_SM90)
         v->q_buffers--;
     step->blocks = (int)div_up(p->seq_k, t->block_n);
     step->shared_bytes = (unsigned)shared_bytes(v);

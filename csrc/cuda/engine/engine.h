@@ -29,6 +29,14 @@ static inline int max(int a, int b) {
     return a > b ? a : b;
 }
 
+static inline int fa_cuda_larger_head_dim(const struct fa_params *p) {
+    return max((int)p->head_dim, (int)p->head_dim_v);
+}
+
+/* Bytes of shared memory: what a block can have on sm_90, and what a SplitPanel of bf16x3.cuh
+ * takes, 64 rows and 64 columns in three parts of bf16. */
+enum { FA_CUDA_SHARED_SM90 = 227 << 10, FA_CUDA_SPLIT_PANEL_BYTES = 3 * 64 * 64 * 2 };
+
 /* --- error.c --- */
 
 /* Leaves a message, formatted as by printf, for fa_cuda_last_error(); returns the status. */

@@ -16,7 +16,6 @@ static const struct tile {
     {64, BARE, 129, 192, 128, 3}, {96, FULL, 1536, 192, 96, 2}, {128, FULL, 1536, 192, 80, 2},
     {128, ANY, 1, 128, 128, 2},   {192, BARE, 1, 128, 96, 2},   {256, ANY, 1, 128, 64, 2},
 };
-enum { SHARED_LIMIT = 227 << 10 };
 
 /* MaskTile of kernels/mask_tile.cuh. */
 static int mask_bytes(const struct fa_cuda_variant *v) {
@@ -45,7 +44,7 @@ static int choose_tile(const struct fa_params *p, struct fa_cuda_variant *v) {
         v->stages = (uint16_t)t->stages;
         /* Above 64, O from registers is faster than a second buffer for Q, where there is room. */
         for (v->q_buffers = t->max_head_dim <= 64 ? 2 : 1; v->q_buffers > 0; v->q_buffers--) {
-            if (shared_bytes(v) <= SHARED_LIMIT)
+            if (shared_bytes(v) <= FA_CUDA_SHARED_SM90)
                 return 1;
         }
     }

@@ -228,7 +228,7 @@ static int shared_limit(int arch) {
 }
 
 static const struct tile *find_tile(int kernel, const struct fa_params *p, int arch, int sm_count) {
-    const int head_dim = max((int)p->head_dim, (int)p->head_dim_v);
+    const int head_dim = fa_cuda_larger_head_dim(p);
     const int64_t blocks = p->batch * p->heads_q * div_up(p->seq_q, 128);
     const int features = (p->mask.data ? MASK : 0) | (p->dropout_p > 0 ? DROPOUT : 0) |
                          (blocks > sm_count ? MANY : 0);
@@ -357,29 +357,35 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
     return s;
 }
 
+/* Makes the step of a main kernel one of its sibling for sm_90a, or says why not. */
+static void try_sm90(const struct fa_params *p, int arch, struct fa_cuda_step *s) {
+    static const struct sibling {
+        const char *(*why_not)(const struct fa_params *p, int arch);
+        void (*plan)(const struct fa_params *p, struct fa_cuda_step *s);
+    } of_half[] = {{fa_cuda_not_forward_sm90, fa_cuda_forward_sm90},
+                   {fa_cuda_not_backward_sm90, fa_cuda_backward_sm90}},
+      of_float[] = {{fa_cuda_not_forward_f32_sm90, fa_cuda_forward_f32_sm90},
+                    {fa_cuda_not_backward_f32_sm90, fa_cuda_backward_f32_sm90}};
+    const struct sibling *sibling = &(p->dtype == FA_FLOAT32 ? of_float : of_half)[is_backward(p)];
+    s->not_sm90 =
+        are_portable() ? "only portable kernels are asked for" : sibling->why_not(p, arch);
+    if (!s->not_sm90)
+        sibling->plan(p, s);
+}
+
 int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
-    static const char only_portable[] = "only portable kernels are asked for";
-    const int is_f32 = p->dtype == FA_FLOAT32;
     int count = 0;
     if (!is_backward(p)) {
         struct fa_cuda_step *forward = &steps[count++];
         *forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        forward->not_sm90 = are_portable() ? only_portable
-                            : is_f32       ? fa_cuda_not_forward_f32_sm90(p, arch)
-                                           : fa_cuda_not_forward_sm90(p, arch);
-        if (!forward->not_sm90)
-            (is_f32 ? fa_cuda_forward_f32_sm90 : fa_cuda_forward_sm90)(p, forward);
+        try_sm90(p, arch, forward);
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);
     struct fa_cuda_step *backward = &steps[count++];
     *backward = step(FA_CUDA_BACKWARD, p, arch, sm_count);
-    backward->not_sm90 = are_portable() ? only_portable
-                         : is_f32       ? fa_cuda_not_backward_f32_sm90(p, arch)
-                                        : fa_cuda_not_backward_sm90(p, arch);
-    if (!backward->not_sm90)
-        (is_f32 ? fa_cuda_backward_f32_sm90 : fa_cuda_backward_sm90)(p, backward);
+    try_sm90(p, arch, backward);
     if (p->dq.data)
         steps[count++] =
             step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);
