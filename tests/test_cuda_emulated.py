@@ -52,24 +52,29 @@ def test_accurate(description, arch, seed):
     assert_accurate(case, emulated(arch, seed=seed))
 
 
+def on_calls(*features_and_sizes):
+    """The test, once for each."""
+
+    def name_of(x) -> str:
+        return x if isinstance(x, str) else "-".join(map(str, x.values()))
+
+    return pytest.mark.parametrize("features,sizes", features_and_sizes, ids=name_of)
+
+
 # Every tile of forward_sm90.c, and the parts of the kernel that only some calls reach.
-@pytest.mark.parametrize(
-    "features,sizes",
-    [
-        ("causal", {"seq_q": 700, "seq_k": 1600, "head_dim": 64}),
-        ("causal", {"seq_q": 300, "seq_k": 300, "head_dim": 64}),
-        ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 96}),
-        ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 128}),
-        ("window", {"seq_q": 300, "seq_k": 500, "head_dim": 128}),
-        ("causal", {"seq_q": 200, "seq_k": 300, "head_dim": 192}),
-        ("causal+dropout", {"seq_q": 200, "seq_k": 200, "head_dim": 256}),
-        ("bias", {"seq_q": 200, "seq_k": 200, "head_dim": 200}),
-        ("bias", {"seq_q": 192, "seq_k": 200, "head_dim": 64}),
-        ("head_bias", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
-        ("fp32_bias", {"seq_q": 130, "seq_k": 132, "head_dim": 64}),
-        ("bool_mask", {"seq_q": 130, "seq_k": 208, "head_dim": 128}),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+@on_calls(
+    ("causal", {"seq_q": 700, "seq_k": 1600, "head_dim": 64}),
+    ("causal", {"seq_q": 300, "seq_k": 300, "head_dim": 64}),
+    ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 96}),
+    ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 128}),
+    ("window", {"seq_q": 300, "seq_k": 500, "head_dim": 128}),
+    ("causal", {"seq_q": 200, "seq_k": 300, "head_dim": 192}),
+    ("causal+dropout", {"seq_q": 200, "seq_k": 200, "head_dim": 256}),
+    ("bias", {"seq_q": 200, "seq_k": 200, "head_dim": 200}),
+    ("bias", {"seq_q": 192, "seq_k": 200, "head_dim": 64}),
+    ("head_bias", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
+    ("fp32_bias", {"seq_q": 130, "seq_k": 132, "head_dim": 64}),
+    ("bool_mask", {"seq_q": 130, "seq_k": 208, "head_dim": 128}),
 )
 def test_forward_of_hopper(features, sizes, seed):
     case = make_case(features, dtype=torch.bfloat16, batch=1, heads=2, **sizes)
@@ -81,18 +86,14 @@ def test_forward_of_hopper(features, sizes, seed):
 
 # Likewise of forward_f32_sm90.cu: one panel and two, of K and of V; warpgroups that see fewer tiles
 # than their block, at either end, or none; panels that are not full; rows that are not aligned.
-@pytest.mark.parametrize(
-    "features,sizes",
-    [
-        ("causal", {"seq_q": 300, "seq_k": 300, "head_dim": 64}),
-        ("window", {"seq_q": 300, "seq_k": 400, "head_dim": 128}),
-        ("causal+bool_mask", {"seq_q": 200, "seq_k": 170, "head_dim": 96}),
-        ("fp32_bias+dropout", {"seq_q": 130, "seq_k": 190, "head_dim": 128}),
-        ("wide_v", {"seq_q": 60, "seq_k": 200, "head_dim": 63}),
-        ("narrow_v+bottom_right", {"seq_q": 200, "seq_k": 90, "head_dim": 66}),
-        ("causal+dropout+grouped", {"seq_q": 200, "seq_k": 200, "head_dim": 20}),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+@on_calls(
+    ("causal", {"seq_q": 300, "seq_k": 300, "head_dim": 64}),
+    ("window", {"seq_q": 300, "seq_k": 400, "head_dim": 128}),
+    ("causal+bool_mask", {"seq_q": 200, "seq_k": 170, "head_dim": 96}),
+    ("fp32_bias+dropout", {"seq_q": 130, "seq_k": 190, "head_dim": 128}),
+    ("wide_v", {"seq_q": 60, "seq_k": 200, "head_dim": 63}),
+    ("narrow_v+bottom_right", {"seq_q": 200, "seq_k": 90, "head_dim": 66}),
+    ("causal+dropout+grouped", {"seq_q": 200, "seq_k": 200, "head_dim": 20}),
 )
 def test_forward_of_float32_on_hopper(features, sizes, seed):
     case = make_case(features, batch=1, heads=2, **sizes)
@@ -102,30 +103,26 @@ def test_forward_of_float32_on_hopper(features, sizes, seed):
 # Likewise of backward_sm90.c: each tile, head sizes that leave panels empty, more tiles of queries
 # than buffers, blocks that see none; masks in tiles, of all queries at once and element by element
 # (odd rows), each with its gradient: by the copy engine, by threads, added up.
-@pytest.mark.parametrize(
-    "features,sizes",
-    [
-        ("causal", {"seq_q": 700, "seq_k": 300, "head_dim": 64}),
-        ("window+dropout", {"seq_q": 300, "seq_k": 500, "head_dim": 64}),
-        ("grouped", {"seq_q": 300, "seq_k": 130, "head_dim": 128}),
-        ("causal+dropout", {"seq_q": 130, "seq_k": 300, "head_dim": 128}),
-        ("bottom_right", {"seq_q": 200, "seq_k": 200, "head_dim": 96}),
-        ("causal+grouped", {"seq_q": 300, "seq_k": 200, "head_dim": 256}),
-        ("dropout", {"seq_q": 70, "seq_k": 200, "head_dim": 256}),
-        ("window", {"seq_q": 200, "seq_k": 300, "head_dim": 160}),
-        ("bias+window", {"seq_q": 300, "seq_k": 200, "head_dim": 64}),
-        ("bias+dropout", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
-        ("bias+causal", {"seq_q": 200, "seq_k": 136, "head_dim": 192}),
-        ("bias+window", {"seq_q": 200, "seq_k": 301, "head_dim": 128}),
-        ("fp32_bias+grouped", {"seq_q": 200, "seq_k": 132, "head_dim": 64}),
-        ("fp32_bias", {"seq_q": 130, "seq_k": 131, "head_dim": 128}),
-        ("query_bias", {"seq_q": 130, "seq_k": 200, "head_dim": 256}),
-        ("head_bias+causal", {"seq_q": 200, "seq_k": 201, "head_dim": 64}),
-        ("bool_mask+dropout", {"seq_q": 130, "seq_k": 208, "head_dim": 64}),
-        ("bool_mask", {"seq_q": 130, "seq_k": 209, "head_dim": 128}),
-        ("key_mask", {"seq_q": 300, "seq_k": 130, "head_dim": 128}),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+@on_calls(
+    ("causal", {"seq_q": 700, "seq_k": 300, "head_dim": 64}),
+    ("window+dropout", {"seq_q": 300, "seq_k": 500, "head_dim": 64}),
+    ("grouped", {"seq_q": 300, "seq_k": 130, "head_dim": 128}),
+    ("causal+dropout", {"seq_q": 130, "seq_k": 300, "head_dim": 128}),
+    ("bottom_right", {"seq_q": 200, "seq_k": 200, "head_dim": 96}),
+    ("causal+grouped", {"seq_q": 300, "seq_k": 200, "head_dim": 256}),
+    ("dropout", {"seq_q": 70, "seq_k": 200, "head_dim": 256}),
+    ("window", {"seq_q": 200, "seq_k": 300, "head_dim": 160}),
+    ("bias+window", {"seq_q": 300, "seq_k": 200, "head_dim": 64}),
+    ("bias+dropout", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
+    ("bias+causal", {"seq_q": 200, "seq_k": 136, "head_dim": 192}),
+    ("bias+window", {"seq_q": 200, "seq_k": 301, "head_dim": 128}),
+    ("fp32_bias+grouped", {"seq_q": 200, "seq_k": 132, "head_dim": 64}),
+    ("fp32_bias", {"seq_q": 130, "seq_k": 131, "head_dim": 128}),
+    ("query_bias", {"seq_q": 130, "seq_k": 200, "head_dim": 256}),
+    ("head_bias+causal", {"seq_q": 200, "seq_k": 201, "head_dim": 64}),
+    ("bool_mask+dropout", {"seq_q": 130, "seq_k": 208, "head_dim": 64}),
+    ("bool_mask", {"seq_q": 130, "seq_k": 209, "head_dim": 128}),
+    ("key_mask", {"seq_q": 300, "seq_k": 130, "head_dim": 128}),
 )
 def test_backward_of_hopper(features, sizes, seed):
     case = make_case(features, dtype=torch.bfloat16, batch=1, heads=2, **sizes)
@@ -133,17 +130,13 @@ def test_backward_of_hopper(features, sizes, seed):
 
 
 # Likewise of backward_f32_sm90.cu: one warpgroup that computes and two, one panel and two.
-@pytest.mark.parametrize(
-    "features,sizes",
-    [
-        ("causal", {"seq_q": 300, "seq_k": 200, "head_dim": 64}),
-        ("window+grouped", {"seq_q": 200, "seq_k": 300, "head_dim": 128}),
-        ("bottom_right", {"seq_q": 90, "seq_k": 200, "head_dim": 96}),
-        ("wide_v", {"seq_q": 130, "seq_k": 65, "head_dim": 63}),
-        ("narrow_v+grouped", {"seq_q": 70, "seq_k": 130, "head_dim": 66}),
-        ("negative_scale", {"seq_q": 1, "seq_k": 1, "head_dim": 20}),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+@on_calls(
+    ("causal", {"seq_q": 300, "seq_k": 200, "head_dim": 64}),
+    ("window+grouped", {"seq_q": 200, "seq_k": 300, "head_dim": 128}),
+    ("bottom_right", {"seq_q": 90, "seq_k": 200, "head_dim": 96}),
+    ("wide_v", {"seq_q": 130, "seq_k": 65, "head_dim": 63}),
+    ("narrow_v+grouped", {"seq_q": 70, "seq_k": 130, "head_dim": 66}),
+    ("negative_scale", {"seq_q": 1, "seq_k": 1, "head_dim": 20}),
 )
 def test_backward_of_float32_on_hopper(features, sizes, seed):
     case = make_case(features, batch=1, heads=2, **sizes)
