@@ -89,7 +89,8 @@ def peak_bytes(peer: str, cell: dict, device: str, threads: int) -> int:
     # On the CPU what a first run of the same length has freed would serve again unseen.
     for each in (cell if device == "cuda" else cell | {"length": 64}, cell):
         qkv, _, grad_out = inputs(each, device)
-        with PeakMemory(device) as memory:
+        # On this thread: autograd's own may hold tensors of the first run into the second.
+        with torch.autograd.set_multithreading_enabled(False), PeakMemory(device) as memory:
             torch.autograd.grad(forward_of(peer, each, qkv, None)(), qkv, grad_out)
     return memory.bytes
 

@@ -249,14 +249,16 @@ def roofline(
     ridge = peak_flops / min(roofs.values())
     axes.axvline(ridge, color=EDGE, linestyle=":", linewidth=1)
     axes.text(ridge, 1.3 * peak_flops / 1e9, f"{ridge:.1f} FLOP/byte", ha="center", fontsize=8)
-    labelled = []
+    labels = []  # where they begin; of neighbours one below the other, all of them below the roof
     for name, (intensity, reached, kind) in points.items():
         y = reached / 1e9
         axes.plot([intensity], [y], "o", color=KINDS.get(kind, FAST), markersize=7)
-        near = sum(max(x / intensity, intensity / x) < 1.5 for x in labelled)  # one below the other
-        labelled.append(intensity)
-        place = (7, -11 - 12 * near)  # below the roof
-        axes.annotate(name, (intensity, y), place, textcoords="offset points", fontsize=8)
+        beside = [lowest for x, lowest in labels if max(x / intensity, intensity / x) < 1.5]
+        labels.append((intensity, min([y, *beside])))
+        place = (7, -11 - 12 * len(beside))
+        axes.annotate(
+            name, (intensity, labels[-1][1]), place, textcoords="offset points", fontsize=8
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter("{:g}".format))
