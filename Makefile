@@ -12,7 +12,7 @@ C_FILES = $(shell find csrc tests/c -name '*.[ch]' -o -name '*.cpp' -o -name '*.
 BUILT_FROM = pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebooks bench bench-gpu paper figures lint format asan sanitize clean
+.PHONY: help demo test notebooks bench bench-gpu paper train figures lint format asan sanitize clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,11 @@ bench-gpu: $(INSTALLED) ## likewise against all of SDPA's backends on a GPU (20 
 
 paper: $(INSTALLED) ## measure the tables of the FlashAttention paper, on a GPU if there is one (5 minutes)
 	$(PYTHON) benchmarks/paper.py
+	$(PYTHON) benchmarks/report.py
+
+train: $(INSTALLED) ## train GPT-2 small and medium of `transformers` on a GPU, with PyTorch's attention and ours (5 minutes)
+	$(PYTHON) -m pip install transformers
+	$(PYTHON) benchmarks/train_gpt2.py
 	$(PYTHON) benchmarks/report.py
 
 figures: $(INSTALLED) ## draw the pictures of the documentation again

@@ -376,6 +376,41 @@ def gpu_plot(record: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def train_table(record: dict) -> str:
+    rows = []
+    for cell in record["cells"]:
+        rate, losses = cell["tokens_per_second"], cell["losses"]
+        apart = max(abs(a - b) for a, b in zip(losses["sdpa"], losses["ours"], strict=True))
+        low, middle, high = (cell["speedup"][name] for name in ("p25", "median", "p75"))
+        rows.append(
+            [
+                f"GPT-2 {cell['model']}",
+                f"{cell['batch']} x {cell['length']}",
+                *(f"{rate[name]['median']:,.0f}" for name in ("sdpa", "ours")),
+                f"{middle:.3f} ({low:.3f} to {high:.3f})",
+                len(losses["ours"]),
+                *(f"{losses[name][-1]:.4f}" for name in ("sdpa", "ours")),
+                f"{apart:.1e}",
+            ]
+        )
+    headers = ["model", "batch", "SDPA, tokens/s", "ours, tokens/s", "times SDPA (quartiles)",
+               "steps", "SDPA, last loss", "ours, last loss", "apart at most"]  # fmt: skip
+    return f"{right_aligned(rows, headers)}\n\n{origin(record)}."
+
+
+def train_plot(record: dict, path: Path) -> None:
+    cells = record["cells"]
+    figure, (panels,) = pyplot.subplots(
+        1, len(cells), figsize=(4.5 * len(cells), 3), squeeze=False, layout="constrained"
+    )
+    for panel, cell in zip(panels, cells):
+        for peer, width in (("sdpa", 4), ("ours", 1.2)):
+            panel.plot(cell["losses"][peer], color=COLORS[peer], label=peer, linewidth=width)
+        panel.set(xlabel="step", ylabel="loss, nats", title=f"GPT-2 {cell['model']}")
+        panel.legend()
+    figure.savefig(path, dpi=110)
+
+
 def splice(document: Path, name: str, content: str) -> None:
     """Puts content between <!-- benchmark:name --> and <!-- /benchmark:name -->."""
     start, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
@@ -398,6 +433,7 @@ REPORTS = (  # benchmark, machine, document, place in it, text, picture or None
     ("paper", "gpu", "README.md", "gpt2", gpt2_summary, paper_plot),
     ("paper", "cpu", "docs/paper.md", "paper_cpu", paper_tables, paper_plot),
     ("paper", "gpu", "docs/paper.md", "paper_gpu", paper_tables, paper_plot),
+    ("train", "gpu", "docs/paper.md", "train_gpu", train_table, train_plot),
 )
 
 
