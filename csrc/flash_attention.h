@@ -26,9 +26,10 @@ extern "C" {
 
 enum fa_status {
     FA_OK = 0,
-    FA_UNSUPPORTED, /* a legal request that this kernel does not implement */
-    FA_INVALID,     /* no kernel could carry it out; the caller has a bug */
-    FA_FAILED,      /* the driver, the compiler or the memory did not do as asked (CUDA) */
+    FA_UNSUPPORTED,   /* a legal request that this kernel does not implement */
+    FA_INVALID,       /* no kernel could carry it out; the caller has a bug */
+    FA_FAILED,        /* the driver or the compiler did not do as asked (CUDA) */
+    FA_OUT_OF_MEMORY, /* neither did the device's memory, or the host's */
 };
 
 enum fa_dtype { FA_FLOAT32, FA_FLOAT64, FA_BFLOAT16, FA_FLOAT16, FA_BOOL };

@@ -74,7 +74,12 @@ void launch(fa_params &params, size_t (*workspace_bytes)(const fa_params *),
                               at::TensorOptions(device).dtype(at::kByte));
         params.workspace = workspace.mutable_data_ptr();
     }
-    TORCH_CHECK(kernels(&params) == FA_OK, "flash_attn_ext: ", fa_cuda_last_error());
+    const fa_status status = kernels(&params);
+    // Of PyTorch's own cache the driver can take nothing.
+    TORCH_CHECK_WITH(OutOfMemoryError, status != FA_OUT_OF_MEMORY,
+                     "flash_attn_ext: ", fa_cuda_last_error(),
+                     "; torch.cuda.empty_cache() may give the driver what it needs for a kernel");
+    TORCH_CHECK(status == FA_OK, "flash_attn_ext: ", fa_cuda_last_error());
 }
 
 void forward(fa_params &params) {

@@ -106,14 +106,22 @@ static void fails_without_damage(void) {
     fake_cuda.capturing = 0;
     CHECK(fake_cuda.loads == 0 && fake_cuda.launches == 0);
 
-    fake_cuda.load_error = 2;
+    fake_cuda.load_error = 200;
     CHECK(call_forward(p) == FA_FAILED);
+    fake_cuda.load_error = 2;
+    CHECK(call_forward(p) == FA_OUT_OF_MEMORY);
     CHECK(strstr(fa_cuda_last_error(), "out of memory"));
     fake_cuda.load_error = 0;
+    CHECK(fake_cuda.loads == 2 && fake_cuda.unloads == 0);
+    /* The driver may take memory for the code only here. */
+    fake_cuda.function_error = 2;
+    CHECK(call_forward(p) == FA_OUT_OF_MEMORY);
+    fake_cuda.function_error = 0;
+    CHECK(fake_cuda.loads == 3 && fake_cuda.unloads == 1);
     CHECK(fake_cuda.launches == 0);
 
     fake_cuda.launch_error = 2;
-    CHECK(call_forward(p) == FA_FAILED);
+    CHECK(call_forward(p) == FA_OUT_OF_MEMORY);
     CHECK(strstr(fa_cuda_last_error(), "out of memory"));
     fake_cuda.launch_error = 0;
     CHECK(fake_cuda.launches == 1);
@@ -123,7 +131,7 @@ static void fails_without_damage(void) {
     fake_cuda.capturing = 1; /* in memory by now */
     CHECK(call_forward(p) == FA_OK);
     fake_cuda.capturing = 0;
-    CHECK(fake_cuda.loads == 2 && fake_cuda.unloads == 0);
+    CHECK(fake_cuda.loads == 4 && fake_cuda.unloads == 1);
     CHECK(fake_cuda.grid % 6 == 0 && fake_cuda.grid > 0 && fake_cuda.threads % 32 == 0);
 
     p.workspace_bytes = 0, p.dout = p.q, p.dq = p.q;

@@ -114,7 +114,7 @@ int cuLibraryGetKernel(CUkernel *kernel, CUlibrary library, const char *name) {
 }
 int cuKernelGetFunction(CUfunction *function, CUkernel kernel) {
     *function = (CUfunction)&something;
-    return kernel == NULL;
+    return kernel == NULL ? 1 : fake_cuda.function_error;
 }
 int cuKernelSetAttribute(int attribute, int value, CUkernel kernel, CUdevice device) {
     (void)attribute, (void)value, (void)device;

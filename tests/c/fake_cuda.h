@@ -5,9 +5,10 @@
 #include <stdatomic.h>
 
 struct fake_cuda {
-    atomic_int loads, unloads, launches, pushes, pops, tensor_maps;       /* calls so far */
-    atomic_int capturing, arch, load_error, launch_error, current_device; /* answers */
-    atomic_uint grid, threads, shared_bytes;                              /* of the last launch */
+    atomic_int loads, unloads, launches, pushes, pops, tensor_maps; /* calls so far */
+    atomic_int capturing, arch, load_error, function_error, launch_error,
+        current_device;                      /* answers */
+    atomic_uint grid, threads, shared_bytes; /* of the last launch */
 };
 extern struct fake_cuda fake_cuda;
 

@@ -92,7 +92,7 @@ static enum fa_status compile(nvrtcProgram program, const char *name, const char
         result = nvrtc.nvrtcGetCUBINSize(program, &code->cubin_bytes);
     code->data = calloc(code->cubin_bytes + code->log_bytes + 1, 1);
     if (!code->data)
-        return fa_cuda_fail(FA_FAILED, "out of memory");
+        return fa_cuda_fail(FA_OUT_OF_MEMORY, "out of memory");
     char *log = (char *)code->data + code->cubin_bytes;
     if (code->log_bytes)
         nvrtc.nvrtcGetProgramLog(program, log);

@@ -38,7 +38,8 @@ const struct fa_cuda_driver *fa_cuda_driver(void) {
 enum fa_status fa_cuda_driver_error(const char *what, CUresult error) {
     const char *text = NULL;
     functions.cuGetErrorString(error, &text);
-    return fa_cuda_fail(FA_FAILED, "%s: CUDA error %d, %s", what, error, text ? text : "unknown");
+    return fa_cuda_fail(error == CUDA_ERROR_OUT_OF_MEMORY ? FA_OUT_OF_MEMORY : FA_FAILED,
+                        "%s: CUDA error %d, %s", what, error, text ? text : "unknown");
 }
 
 /* --- devices --- */

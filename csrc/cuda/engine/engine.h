@@ -248,7 +248,7 @@ struct fa_cuda_driver {
 /* The driver, loaded and initialised at first use; NULL where there is none that will do. */
 const struct fa_cuda_driver *fa_cuda_driver(void);
 
-/* FA_FAILED, with the driver's words for the error. */
+/* FA_FAILED, or FA_OUT_OF_MEMORY, with the driver's words for the error. */
 enum fa_status fa_cuda_driver_error(const char *what, CUresult error);
 
 /* What a device is: 90 for compute capability 9.0. */

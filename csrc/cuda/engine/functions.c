@@ -65,6 +65,9 @@ static enum fa_status load(const struct fa_cuda_step *step, int device, int comp
 }
 
 static enum fa_status add(const struct fa_cuda_step *step, int device, CUstream stream) {
+    struct entry *e = malloc(sizeof *e);
+    if (!e)
+        return fa_cuda_fail(FA_OUT_OF_MEMORY, "out of memory");
     const struct fa_cuda_driver *cuda = fa_cuda_driver();
     int capturing = 0;
     cuda->cuStreamIsCapturing(stream, &capturing);
@@ -76,12 +79,11 @@ static enum fa_status add(const struct fa_cuda_step *step, int device, CUstream 
     CUkernel function;
     enum fa_status status = load(step, device, !capturing, &function);
     cuda->cuThreadExchangeStreamCaptureMode(&mode);
-    if (status)
+    if (status) {
+        free(e);
         return status;
+    }
 
-    struct entry *e = malloc(sizeof *e);
-    if (!e)
-        return fa_cuda_fail(FA_FAILED, "out of memory");
     _Atomic(struct entry *) *bucket = bucket_of(&step->variant, device);
     *e = (struct entry){step->variant, device, function, atomic_load(bucket)};
     atomic_store_explicit(bucket, e, memory_order_release);
