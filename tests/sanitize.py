@@ -6,7 +6,9 @@ Without it, this tells whether all results are accurate and all kernels were run
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/sanitize.py --run
 
 The variable makes every tensor an allocation of its own: inside a block of PyTorch's allocator
-nobody would notice who reads past the end of one, or what was never written.
+nobody would notice who reads past the end of one, or what was never written. With
+FLASH_ATTN_EXT_CUDA_KERNELS=portable in the environment it is the kernels for every GPU that run.
+A tool takes minutes: --part 0/8 to --part 7/8 are processes of their own, side by side.
 """
 
 import argparse
@@ -29,6 +31,8 @@ from helpers import (
 )
 from tqdm import tqdm
 
+from flash_attn_ext import _C
+
 KERNELS = Path(__file__).parent.parent / "csrc" / "cuda" / "kernels"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 COMBINATIONS = [
@@ -45,8 +49,7 @@ HEAD_DIMS = [64, 128, 40, 256, 33, 16, 192]
 LENGTHS = [(70, 90), (1, 130), (130, 65), (129, 3), (200, 200)]
 LAYOUTS = [contiguous, permuted, packed, unaligned]
 
-
-CASES = [
+MIXED = [
     (dtype, features, head_dim, lengths, layout)
     for (dtype, features), head_dim, lengths, layout in zip(
         itertools.product(DTYPES, COMBINATIONS),
@@ -55,6 +58,17 @@ CASES = [
         itertools.cycle(LAYOUTS),
     )
 ]
+# What the copy engine of sm_90 can bring: masks with rows of whole 16 bytes.
+MASKS = ["bool_mask", "key_mask", "bias+causal", "fp32_bias", "head_bias+dropout", "query_bias"]
+WITH_TILES_OF_MASKS = [
+    (dtype, features, head_dim, (200, 208), contiguous)
+    for (features, head_dim), dtype in zip(
+        itertools.product(MASKS, (64, 128, 256)), itertools.cycle((torch.float16, torch.bfloat16))
+    )
+]
+# Tiles that only long calls take.
+LONG = [(torch.bfloat16, "", head_dim, (1600, 200), contiguous) for head_dim in (64, 96, 128)]
+CASES = MIXED + WITH_TILES_OF_MASKS + LONG
 
 
 def draw(dtype, features, head_dim, lengths, layout, device="cuda") -> Case:
@@ -69,16 +83,17 @@ def draw(dtype, features, head_dim, lengths, layout, device="cuda") -> Case:
 
 
 def all_kernels() -> set[str]:
-    """The names of the kernels, from their sources."""
+    """The names of the kernels that this GPU can take, from their sources."""
     sources = "".join(path.read_text() for path in KERNELS.glob("*.cu"))
     names = set(re.findall(r"\b(fa_\w+)\(const __grid_constant__", sources))
     assert names, "no kernel was found in the sources"
-    return names
+    best = _C.cuda_kernels() == "best" and torch.cuda.get_device_capability() == (9, 0)
+    return names if best else {name for name in names if "sm90" not in name}
 
 
-def run() -> None:
-    for i, description in enumerate(tqdm(CASES, unit="case")):
-        case = draw(*description)
+def run(part: int = 0, parts: int = 1) -> None:
+    for i in tqdm(range(part, len(CASES), parts), unit="case"):
+        case = draw(*CASES[i])
         torch.use_deterministic_algorithms(i % 5 == 4, warn_only=True)
         attention = case.bind(kernel_attention)
         grad_out = torch.randn_like(attention(*case.inputs))
@@ -102,11 +117,13 @@ def check() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="only run them, check nothing")
+    parser.add_argument("--part", default="0/1", help="of the cases, every n-th: 0/n to (n-1)/n")
     options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device here.")
     torch.manual_seed(0)
-    run() if options.run else check()
+    run(part, parts) if options.run else check()
 
 
 if __name__ == "__main__":
