@@ -124,12 +124,18 @@ def test_a_thread_that_never_used_the_gpu():
         assert_agree(pool.submit(job).result(), job.alone)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
+needs_two_devices = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices"
+)
+
+
+@needs_two_devices
+@pytest.mark.parametrize("features", ["causal", "bias+dropout"])
 @pytest.mark.parametrize("tensors_on", [0, 1])
 @pytest.mark.parametrize("current", [0, 1])
-def test_current_device(tensors_on, current):
+def test_current_device(tensors_on, current, features):
     """The tensors decide where a call runs."""
-    job = Job("bias+dropout", f"cuda:{tensors_on}")
+    job = Job(features, f"cuda:{tensors_on}")
     with torch.cuda.device(current):
         for stream in (None, torch.cuda.Stream(tensors_on)):
             if stream is not None:
@@ -142,7 +148,17 @@ def test_current_device(tensors_on, current):
             assert_agree(results, job.alone)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
+@needs_two_devices
+@pytest.mark.parametrize("kernels", ["best", "portable"])
+def test_second_device_alone(kernels):
+    """A process that uses the first one for nothing, though it is the current one."""
+    process = in_new_process(
+        TRAIN.replace('"cuda"', '"cuda:1"'), FLASH_ATTN_EXT_CUDA_KERNELS=kernels
+    )
+    assert process.returncode == 0, process.stderr
+
+
+@needs_two_devices
 def test_two_devices_at_once():
     jobs = [Job("causal", f"cuda:{device}") for device in (0, 1)]
     results = [(job, job()) for _ in range(10) for job in jobs]
