@@ -29,7 +29,7 @@ enum fa_status {
     FA_UNSUPPORTED,   /* a legal request that this kernel does not implement */
     FA_INVALID,       /* no kernel could carry it out; the caller has a bug */
     FA_FAILED,        /* the driver or the compiler did not do as asked (CUDA) */
-    FA_OUT_OF_MEMORY, /* neither did the device's memory, or the host's */
+    FA_OUT_OF_MEMORY, /* the device's memory, or the host's, does not suffice */
 };
 
 enum fa_dtype { FA_FLOAT32, FA_FLOAT64, FA_BFLOAT16, FA_FLOAT16, FA_BOOL };
