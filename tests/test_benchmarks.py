@@ -22,6 +22,8 @@ def test_documents_are_made_from_the_newest_records(report):
     records = report.newest_records()
     assert {key[:2] for key in report.REPORTS} >= records.keys()
     for benchmark, machine, document, place, text, _ in report.REPORTS:
+        if (benchmark, machine) not in records:
+            continue
         stale = f"{document}, {place}: run benchmarks/report.py"
         assert text(records[benchmark, machine]) in (ROOT / document).read_text(), stale
 
