@@ -34,6 +34,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "csrc/cpu/isa/avx2.c": AVX2,
         "csrc/cpu/isa/avx512.c": AVX512,
         "csrc/cpu/isa/avx512_bf16.c": [*AVX512, "-mavx512bf16"],
+        "csrc/cpu/isa/amx_bf16.c": [*AVX512, "-mavx512bf16"],
     }
 CUDA_ENGINE = [str(source) for source in Path("csrc/cuda/engine").glob("*.c")]
 CUDA_KERNELS = Path("csrc/cuda/kernels")

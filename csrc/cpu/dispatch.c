@@ -10,6 +10,7 @@ struct isa {
     const char *name;
     int (*usable)(void);
     const struct fa_cpu_kernels *kernels; /* [4] */
+    const struct fa_cpu_kernels *bf16;    /* instead of kernels[FA_BFLOAT16], or NULL */
 };
 
 static int always(void) {
@@ -17,6 +18,8 @@ static int always(void) {
 }
 
 #ifdef __x86_64__
+#include "isa/amx.h"
+
 /* __builtin_cpu_supports also asks the operating system whether it saves the registers. */
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -29,16 +32,20 @@ static int has_avx512(void) {
 static int has_avx512_bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
+static int has_amx_bf16(void) {
+    return has_avx512_bf16() && amx_usable();
+}
 #endif
 
 static const struct isa isas[] = {
 /* best first */
 #ifdef __x86_64__
-    {"avx512_bf16", has_avx512_bf16, fa_cpu_avx512},
-    {"avx512", has_avx512, fa_cpu_avx512},
-    {"avx2", has_avx2, fa_cpu_avx2},
+    {"amx_bf16", has_amx_bf16, fa_cpu_avx512, &fa_cpu_amx_bf16},
+    {"avx512_bf16", has_avx512_bf16, fa_cpu_avx512, &fa_cpu_avx512_bf16},
+    {"avx512", has_avx512, fa_cpu_avx512, NULL},
+    {"avx2", has_avx2, fa_cpu_avx2, NULL},
 #endif
-    {"generic", always, fa_cpu_generic},
+    {"generic", always, fa_cpu_generic, NULL},
 };
 enum { ISAS = sizeof isas / sizeof *isas };
 
@@ -84,11 +91,8 @@ enum fa_status fa_cpu_set_isa(const char *name) {
 }
 
 const struct fa_cpu_kernels *fa_cpu_kernels_for(enum fa_dtype dtype) {
-#ifdef __x86_64__
-    if (dtype == FA_BFLOAT16 && strcmp(current_isa()->name, "avx512_bf16") == 0)
-        return &fa_cpu_avx512_bf16;
-#endif
-    return &current_isa()->kernels[dtype];
+    const struct isa *isa = current_isa();
+    return dtype == FA_BFLOAT16 && isa->bf16 ? isa->bf16 : &isa->kernels[dtype];
 }
 
 enum fa_status fa_cpu_supports(const struct fa_params *p, const char **reason) {

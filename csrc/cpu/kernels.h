@@ -51,11 +51,12 @@ struct fa_cpu_kernels {
                               int64_t begin, int64_t end, const void *buffers, int count);
 };
 
-/* Kernels by enum fa_dtype; the avx512_bf16 file has bf16 ones alone. */
+/* Kernels by enum fa_dtype; the last two files have bf16 ones alone. */
 extern const struct fa_cpu_kernels fa_cpu_generic[4];
 extern const struct fa_cpu_kernels fa_cpu_avx2[4];
 extern const struct fa_cpu_kernels fa_cpu_avx512[4];
 extern const struct fa_cpu_kernels fa_cpu_avx512_bf16;
+extern const struct fa_cpu_kernels fa_cpu_amx_bf16;
 
 /* The kernels in use for a dtype (dispatch.c); NULL where FLASH_ATTN_EXT_ISA cannot be met. */
 const struct fa_cpu_kernels *fa_cpu_kernels_for(enum fa_dtype dtype);

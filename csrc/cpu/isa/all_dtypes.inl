@@ -5,6 +5,7 @@
 #define OPERAND f32
 #include "../exp.inl"
 #include "../gemm.inl"
+#include "../gemm_few.inl"
 
 #define ELEM f32
 #include "../kernels.inl"
@@ -22,6 +23,7 @@
 #define OPERAND f64
 #include "../exp.inl"
 #include "../gemm.inl"
+#include "../gemm_few.inl"
 
 #define ELEM f64
 #include "../kernels.inl"

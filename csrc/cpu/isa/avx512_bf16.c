@@ -6,6 +6,7 @@
 #define OPERAND bf16x2
 #include "../exp.inl"
 #include "../gemm.inl"
+#include "../gemm_few.inl"
 
 #define ELEM bf16
 #include "../kernels.inl"
