@@ -51,8 +51,6 @@
 
 #define f32_BIG FLT_MAX
 #define f64_BIG DBL_MAX
-#define f32_EXP2_LOWEST -1500 /* 2^x is 0 here and below */
-#define f64_EXP2_LOWEST -6000
 
 #define FA_LOG2E 1.44269504088896340736
 

@@ -43,8 +43,9 @@ static inline void tiles_release(void) {
 
 /* Rows of 64 bytes, `stride` bytes apart. */
 #define tile_load(TILE, P, STRIDE)                                                                 \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #TILE ::"r"(P), "r"((int64_t)(STRIDE)) : "memor" \
-                                                                                           "y")
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #TILE ::"r"(P), "r"((int64_t)(STRIDE))           \
+                     : "memor"                                                                     \
+                       "y")
 
 #define tile_store(TILE, P, STRIDE)                                                                \
     __asm__ volatile("tilestored %%tmm" #TILE ", (%0,%1,1)" ::"r"(P), "r"((int64_t)(STRIDE))       \

@@ -51,8 +51,9 @@ static inline f32_vec f32_dot(f32_vec a, f32_vec b, f32_vec c) {
 static inline f32_vec f32_max(f32_vec a, f32_vec b) {
     return _mm256_max_ps(a, b);
 }
-static inline f32_vec f32_round(f32_vec x) {
-    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+static inline f32_vec f32_split(f32_vec x, f32_vec *n) {
+    *n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_sub_ps(x, *n);
 }
 static inline f32_vec f32_scale2(f32_vec x, f32_vec n) {
     __m256i exponent = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(128), n));
@@ -134,8 +135,9 @@ static inline f64_vec f64_dot(f64_vec a, f64_vec b, f64_vec c) {
 static inline f64_vec f64_max(f64_vec a, f64_vec b) {
     return _mm256_max_pd(a, b);
 }
-static inline f64_vec f64_round(f64_vec x) {
-    return _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+static inline f64_vec f64_split(f64_vec x, f64_vec *n) {
+    *n = _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_sub_pd(x, *n);
 }
 static inline f64_vec f64_scale2(f64_vec x, f64_vec n) {
     __m128i exponent = _mm256_cvtpd_epi32(_mm256_min_pd(_mm256_set1_pd(1024), n));

@@ -50,8 +50,11 @@ static inline f32_vec f32_dot(f32_vec a, f32_vec b, f32_vec c) {
 static inline f32_vec f32_max(f32_vec a, f32_vec b) {
     return _mm512_max_ps(a, b);
 }
-static inline f32_vec f32_round(f32_vec x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+/* Of an infinity VREDUCEPS leaves 0, so that n is one, too. */
+static inline f32_vec f32_split(f32_vec x, f32_vec *n) {
+    const f32_vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    *n = _mm512_sub_ps(x, f);
+    return f;
 }
 static inline f32_vec f32_scale2(f32_vec x, f32_vec n) {
     return _mm512_scalef_ps(x, n);
@@ -133,8 +136,10 @@ static inline f64_vec f64_dot(f64_vec a, f64_vec b, f64_vec c) {
 static inline f64_vec f64_max(f64_vec a, f64_vec b) {
     return _mm512_max_pd(a, b);
 }
-static inline f64_vec f64_round(f64_vec x) {
-    return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+static inline f64_vec f64_split(f64_vec x, f64_vec *n) {
+    const f64_vec f = _mm512_reduce_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    *n = _mm512_sub_pd(x, f);
+    return f;
 }
 static inline f64_vec f64_scale2(f64_vec x, f64_vec n) {
     return _mm512_scalef_pd(x, n);

@@ -23,9 +23,11 @@ static inline f32_vec bf16x2_dot(bf16x2_operand_vec a, bf16x2_operand_vec b, f32
 }
 /* Lane i becomes the pair (lo[i], hi[i]), rounded to nearest. */
 static inline void bf16x2_store_pairs(bf16x2_operand *p, f32_vec lo, f32_vec hi) {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(lo));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(hi));
-    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    const __m512i pairs =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(hi, lo); /* first those of lo */
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(pairs, both));
 }
 /* The same for rows that are bf16 already. */
 static inline void bf16x2_store_rows(bf16x2_operand *p, const bf16_elem *lo, const bf16_elem *hi,

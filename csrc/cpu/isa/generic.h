@@ -56,9 +56,10 @@
         return T##_select((T##_mask)(a > b), a, b);                                                \
     }                                                                                              \
     /* Adding 1.5 * 2^MANTISSA leaves no room for a fraction; for |x| < 2^(MANTISSA - 1). */       \
-    static inline T##_vec T##_round(T##_vec x) {                                                   \
+    static inline T##_vec T##_split(T##_vec x, T##_vec *n) {                                       \
         REAL shift = (REAL)(3ull << (MANTISSA - 1));                                               \
-        return (x + shift) - shift;                                                                \
+        *n = (x + shift) - shift;                                                                  \
+        return x - *n;                                                                             \
     }                                                                                              \
     static inline T##_vec T##_scale2(T##_vec x, T##_vec n) {                                       \
         REAL shift = (REAL)(3ull << (MANTISSA - 1));                                               \
