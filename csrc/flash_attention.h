@@ -142,9 +142,9 @@ enum fa_status fa_cpu_forward(const struct fa_params *p);
 size_t fa_cpu_backward_workspace(const struct fa_params *p);
 enum fa_status fa_cpu_backward(const struct fa_params *p);
 
-/* The instruction set in use: "generic", "avx2", "avx512", "avx512_bf16" or "amx_bf16". The best that
- * this machine has, or the one the environment variable FLASH_ATTN_EXT_ISA names; read once, at first
- * use. NULL where that variable names one that is unknown or that this machine lacks. */
+/* The instruction set in use: "generic", "avx2", "avx512", "avx512_bf16" or "amx_bf16". The best
+ * that this machine has, or the one the environment variable FLASH_ATTN_EXT_ISA names; read once,
+ * at first use. NULL where that variable names one that is unknown or that this machine lacks. */
 const char *fa_cpu_isa(void);
 
 /* The i-th instruction set compiled in, best first, or NULL past the last; *usable says whether

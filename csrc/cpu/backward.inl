@@ -99,54 +99,70 @@ static void T(row_statistics)(real *lse, real *delta, const struct fa_params *p,
 }
 
 /* P = exp(S * scale - lse), which is at most 1 also where scores are so large that lse has lost the
- * difference, and dS = P * (dP - delta); with dropout, P' and dP' of them. As operands, and if
- * `keeps_dS`, dS is left in place of dP, too. */
-static void T(probabilities_and_dS)(const struct T(backward_scratch) * s, int keys, int ld,
-                                    real scale, const real *lse_, const real *delta_,
-                                    const real *keep, int keeps_dS) {
-    const vec zero = V(set1)(0), negative_c = V(set1)(-scale);
-    const vec negative_log2e = V(set1)((real)-FA_LOG2E);
+ * difference, and dS = P * (dP - delta), of the keys [j, j + n) and the queries [r, r + LANES);
+ * with dropout, P' and dP' of them. As operands, and if `keeps_dS`, dS is left in place of dP, too.
+ */
+FA_ALWAYS_INLINE void T(probabilities_and_dS)(const struct T(backward_scratch) * s, int64_t ld,
+                                              int64_t r, int64_t j, const int n, vec negative_scale,
+                                              vec lse, vec delta, const real *keep, int keeps_dS) {
+    const int64_t x = j * ld + r;
+    const vec zero = V(set1)(0);
+    vec P[EXP2_VECS], dS[EXP2_VECS];
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
+        const vec S = V(load)(s->S + x + (u < n ? u : 0) * ld);
+        P[u] = V(max)(zero, V(fma)(S, negative_scale, lse)) * V(set1)((real)-FA_LOG2E);
+    }
+    exp2_vecs(P);
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
+        if (u >= n) {
+            P[u] = dS[u] = zero;
+            continue;
+        }
+        vec dP = V(load)(s->dP + x + u * ld);
+        if (keep) {
+            const vec kept = V(load)(keep + x + u * ld);
+            dS[u] = P[u] * V(fma)(dP, kept, -delta);
+            P[u] = P[u] * kept;
+        } else {
+            dS[u] = P[u] * (dP - delta);
+        }
+    }
+#if DEPTH == 2
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u += 2) {
+        if (u < n) {
+            const int64_t row = (x + u * ld) / 2, next = row + ld / 2;
+            const operand_vec P_ = OP(narrow)(P[u], P[u + 1]), dS_ = OP(narrow)(dS[u], dS[u + 1]);
+            OP(store_halves)(s->P + row, s->P + next, P_);
+            OP(store_halves)(s->dS + row, s->dS + next, dS_);
+            OP(store_pairs)(s->dS_keys + (j + u) / 2 * ld + r, dS_);
+        }
+    }
+    if (keeps_dS) {
+        for (int u = 0; u < n; u++)
+            V(store)(s->dP + x + u * ld, dS[u]);
+    }
+#else
+    (void)keeps_dS;
+    FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
+        if (u < n) {
+            V(store)(s->P + x + u * ld, P[u]);
+            V(store)(s->dS + x + u * ld, dS[u]);
+        }
+    }
+#endif
+}
+
+static void T(softmax_backward)(const struct T(backward_scratch) * s, int keys, int ld, real scale,
+                                const real *lse_, const real *delta_, const real *keep,
+                                int keeps_dS) {
+    const vec c = V(set1)(-scale);
     for (int r = 0; r < ld; r += LANES) {
         const vec lse = V(load)(lse_ + r), delta = V(load)(delta_ + r);
-        for (int j = 0; j < keys; j += EXP2_VECS) {
-            const int64_t x = (int64_t)j * ld + r;
-            const int n = (int)fa_min(EXP2_VECS, keys - j);
-            vec P[EXP2_VECS], dS[EXP2_VECS];
-            FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
-                const vec S = V(load)(s->S + x + (u < n ? u : 0) * ld);
-                P[u] = V(max)(zero, V(fma)(S, negative_c, lse)) * negative_log2e;
-            }
-            exp2_vecs(P);
-            FA_UNROLL for (int u = 0; u < EXP2_VECS; u++) {
-                if (u >= n) {
-                    P[u] = dS[u] = zero;
-                    continue;
-                }
-                vec dP = V(load)(s->dP + x + u * ld);
-                const vec kept = keep ? V(load)(keep + x + u * ld) : V(set1)(1);
-                if (keep)
-                    dP = dP * kept;
-                dS[u] = P[u] * (dP - delta);
-                if (keep)
-                    P[u] = P[u] * kept;
-            }
-#if DEPTH == 2
-            for (int u = 0; u < n; u++) {
-                OP(store_row)(s->P + (x + u * ld) / 2, P[u]);
-                OP(store_row)(s->dS + (x + u * ld) / 2, dS[u]);
-                if (u % 2 == 0)
-                    OP(store_pairs)(s->dS_keys + (j + u) / 2 * ld + r, dS[u], dS[u + 1]);
-                if (keeps_dS)
-                    V(store)(s->dP + x + u * ld, dS[u]);
-            }
-#else
-            (void)keeps_dS;
-            for (int u = 0; u < n; u++) {
-                V(store)(s->P + x + u * ld, P[u]);
-                V(store)(s->dS + x + u * ld, dS[u]);
-            }
-#endif
-        }
+        int j = 0;
+        for (; j + EXP2_VECS <= keys; j += EXP2_VECS)
+            T(probabilities_and_dS)(s, ld, r, j, EXP2_VECS, c, lse, delta, keep, keeps_dS);
+        if (j < keys)
+            T(probabilities_and_dS)(s, ld, r, j, keys - j, c, lse, delta, keep, keeps_dS);
     }
 }
 
@@ -231,9 +247,8 @@ static void T(backward_tile)(const struct T(backward_scratch) * s, const struct 
     if (p->dropout_p > 0)
         T(draw_dropout)(s->keep, p, batch, queries, key, keys);
     const int64_t statistics = h % fa_heads_per_group(p) * T(statistics_ld)(p) + i;
-    T(probabilities_and_dS)(s, keys, ld, T(score_scale)(p), s->lse + statistics,
-                            s->delta + statistics, p->dropout_p > 0 ? s->keep : NULL,
-                            p->dmask.data != NULL);
+    T(softmax_backward)(s, keys, ld, T(score_scale)(p), s->lse + statistics, s->delta + statistics,
+                        p->dropout_p > 0 ? s->keep : NULL, p->dmask.data != NULL);
     if (p->dmask.data)
         T(mask_gradient)(p, batch, queries, key, keys, s->dP);
     if (p->dv.data) {

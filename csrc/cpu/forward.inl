@@ -78,7 +78,7 @@ FA_ALWAYS_INLINE void T(exponentials)(const real *S, operand *P, const real *kee
     FA_UNROLL for (int u = 0; u < EXP2_VECS; u += DEPTH) {
         if (u < n) {
 #if DEPTH == 2
-            OP(store_pairs)(P + (j + u) / 2 * ld, x[u], x[u + 1]);
+            OP(store_pairs)(P + (j + u) / 2 * ld, OP(narrow)(x[u], x[u + 1]));
 #else
             V(store)(P + (j + u) * ld, x[u]);
 #endif

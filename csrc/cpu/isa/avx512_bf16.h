@@ -21,15 +21,21 @@ static inline bf16x2_operand_vec bf16x2_broadcast(const bf16x2_operand *p) {
 static inline f32_vec bf16x2_dot(bf16x2_operand_vec a, bf16x2_operand_vec b, f32_vec c) {
     return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 }
-/* Lane i becomes the pair (lo[i], hi[i]), rounded to nearest. */
-static inline void bf16x2_store_pairs(bf16x2_operand *p, f32_vec lo, f32_vec hi) {
+/* The lanes of lo, then those of hi, rounded to nearest. */
+static inline bf16x2_operand_vec bf16x2_narrow(f32_vec lo, f32_vec hi) {
+    return (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
+}
+static inline void bf16x2_store_halves(bf16x2_operand *p, bf16x2_operand *q, bf16x2_operand_vec x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(x));
+    _mm256_storeu_si256((__m256i *)q, _mm512_extracti64x4_epi64(x, 1));
+}
+static inline void bf16x2_store_pairs(bf16x2_operand *p, bf16x2_operand_vec x) {
     const __m512i pairs =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(hi, lo); /* first those of lo */
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(pairs, both));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(pairs, x));
 }
-/* The same for rows that are bf16 already. */
+/* Pairs of two rows that are bf16 already. */
 static inline void bf16x2_store_rows(bf16x2_operand *p, const bf16_elem *lo, const bf16_elem *hi,
                                      int n) {
     __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(f32_first(n), lo));
