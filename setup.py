@@ -5,6 +5,7 @@ and a C/C++ compiler; no CUDA toolkit, no ninja."""
 import json
 import os
 import platform
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,11 +54,21 @@ class BuildExtension(build_ext):
     def build_extension(self, ext):
         # The binding takes longest: it goes first.
         flags = {source: self.binding_flags() for source in BINDING}
-        flags |= {source: [*C_FLAGS, *isa_flags] for source, isa_flags in KERNELS.items()}
+        kernels = dict(KERNELS)
+        if "csrc/cpu/isa/amx_bf16.c" in kernels and not self.knows("tilerelease"):
+            del kernels["csrc/cpu/isa/amx_bf16.c"]
+            kernels["csrc/cpu/dispatch.c"] = ["-DFA_NO_AMX"]
+        flags |= {source: [*C_FLAGS, *isa_flags] for source, isa_flags in kernels.items()}
         flags |= {source: [*C_FLAGS, "-I."] for source in [*CUDA_ENGINE, self.embed_kernels()]}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = list(pool.map(self.compile, flags.keys(), flags.values()))
         super().build_extension(ext)
+
+    def knows(self, instruction):
+        """Whether the compiler's assembler does: one from before 2021 has no AMX."""
+        command = [*self.compiler.compiler, "-c", "-x", "c", "-", "-o", os.devnull]
+        source = f'void f(void) {{ __asm__("{instruction}"); }}'
+        return not subprocess.run(command, input=source.encode(), capture_output=True).returncode
 
     def binding_flags(self):
         facts = {

@@ -11,6 +11,7 @@ struct isa {
     int (*usable)(void);
     const struct fa_cpu_kernels *kernels; /* [4] */
     const struct fa_cpu_kernels *bf16;    /* instead of kernels[FA_BFLOAT16], or NULL */
+    const struct fa_cpu_kernels *tiles;   /* instead of bf16 from TILES_FROM_ROWS on, or NULL */
 };
 
 static int always(void) {
@@ -18,8 +19,6 @@ static int always(void) {
 }
 
 #ifdef __x86_64__
-#include "isa/amx.h"
-
 /* __builtin_cpu_supports also asks the operating system whether it saves the registers. */
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -32,22 +31,32 @@ static int has_avx512(void) {
 static int has_avx512_bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
+#ifndef FA_NO_AMX /* the compiler's assembler knows its instructions */
+#include "isa/amx.h"
+
 static int has_amx_bf16(void) {
     return has_avx512_bf16() && amx_usable();
 }
+#endif
 #endif
 
 static const struct isa isas[] = {
 /* best first */
 #ifdef __x86_64__
-    {"amx_bf16", has_amx_bf16, fa_cpu_avx512, &fa_cpu_amx_bf16},
-    {"avx512_bf16", has_avx512_bf16, fa_cpu_avx512, &fa_cpu_avx512_bf16},
-    {"avx512", has_avx512, fa_cpu_avx512, NULL},
-    {"avx2", has_avx2, fa_cpu_avx2, NULL},
+#ifndef FA_NO_AMX
+    {"amx_bf16", has_amx_bf16, fa_cpu_avx512, &fa_cpu_avx512_bf16, &fa_cpu_amx_bf16},
 #endif
-    {"generic", always, fa_cpu_generic, NULL},
+    {"avx512_bf16", has_avx512_bf16, fa_cpu_avx512, &fa_cpu_avx512_bf16, NULL},
+    {"avx512", has_avx512, fa_cpu_avx512, NULL, NULL},
+    {"avx2", has_avx2, fa_cpu_avx2, NULL, NULL},
+#endif
+    {"generic", always, fa_cpu_generic, NULL, NULL},
 };
 enum { ISAS = sizeof isas / sizeof *isas };
+
+/* Queries of a key head that fill two tiles. With fewer, as in decoding, tiles are mostly padding,
+ * and a unit that has to wake up first. */
+enum { TILES_FROM_ROWS = 32 };
 
 static const struct isa *find_isa(const char *name) {
     for (int i = 0; i < ISAS; i++) {
@@ -90,9 +99,12 @@ enum fa_status fa_cpu_set_isa(const char *name) {
     return FA_OK;
 }
 
-const struct fa_cpu_kernels *fa_cpu_kernels_for(enum fa_dtype dtype) {
+const struct fa_cpu_kernels *fa_cpu_kernels_for(const struct fa_params *p) {
     const struct isa *isa = current_isa();
-    return dtype == FA_BFLOAT16 && isa->bf16 ? isa->bf16 : &isa->kernels[dtype];
+    if (p->dtype != FA_BFLOAT16 || !isa->bf16)
+        return &isa->kernels[p->dtype];
+    return isa->tiles && fa_heads_per_group(p) * p->seq_q >= TILES_FROM_ROWS ? isa->tiles
+                                                                             : isa->bf16;
 }
 
 enum fa_status fa_cpu_supports(const struct fa_params *p, const char **reason) {

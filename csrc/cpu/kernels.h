@@ -58,8 +58,8 @@ extern const struct fa_cpu_kernels fa_cpu_avx512[4];
 extern const struct fa_cpu_kernels fa_cpu_avx512_bf16;
 extern const struct fa_cpu_kernels fa_cpu_amx_bf16;
 
-/* The kernels in use for a dtype (dispatch.c); NULL where FLASH_ATTN_EXT_ISA cannot be met. */
-const struct fa_cpu_kernels *fa_cpu_kernels_for(enum fa_dtype dtype);
+/* The kernels in use for a call that fa_cpu_supports (dispatch.c). */
+const struct fa_cpu_kernels *fa_cpu_kernels_for(const struct fa_params *p);
 
 static inline int64_t fa_min(int64_t a, int64_t b) {
     return a < b ? a : b;

@@ -71,7 +71,7 @@ struct forward_plan {
 enum { ENOUGH_TASKS = 32, SHORTEST_SHARE = 4 * FA_BLOCK_N, TASKS_PER_THREAD = 8 };
 
 static struct forward_plan plan_forward(const struct fa_params *p) {
-    struct forward_plan plan = {.p = p, .kernels = fa_cpu_kernels_for(p->dtype)};
+    struct forward_plan plan = {.p = p, .kernels = fa_cpu_kernels_for(p)};
     const int64_t groups = p->batch * p->heads_k;
     const int64_t rows = fa_heads_per_group(p) * p->seq_q, blocks = fa_div_up(rows, FA_BLOCK_M);
     plan.shares =
@@ -170,7 +170,7 @@ static int64_t gcd(int64_t a, int64_t b) {
 }
 
 static struct backward_plan plan_backward(const struct fa_params *p) {
-    struct backward_plan plan = {.p = p, .kernels = fa_cpu_kernels_for(p->dtype)};
+    struct backward_plan plan = {.p = p, .kernels = fa_cpu_kernels_for(p)};
     const struct fa_mask_grad *dmask = &p->dmask;
     const int64_t threads = num_threads(p), tiles = fa_div_up(p->seq_k, FA_BLOCK_N_BACKWARD);
     plan.batches = dmask->data && dmask->stride_batch == 0 ? p->batch : 1;
