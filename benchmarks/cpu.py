@@ -199,13 +199,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two lengths, little time for each")
     parser.add_argument("--only", default="", help="a regular expression that names cells")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="for each cell and direction")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
     machine = Machine(options.threads)
-    seconds = 0.3 if options.quick else 2.0
+    seconds = options.seconds or (0.3 if options.quick else 2.0)
     chosen = [cell for cell in cases(options.quick) if re.search(options.only, cell["name"])]
     cells = [run(cell, seconds, machine) for cell in tqdm(chosen, unit="cell")]
     for cell, direction in itertools.product(cells, DIRECTIONS):

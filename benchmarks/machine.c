@@ -4,6 +4,10 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include "../csrc/cpu/isa/amx.h"
+#define HAS_TILES
+#endif
 
 #ifdef __AVX512F__
 enum { BYTES = 64, CHAINS = 24 }; /* of 32 registers: enough chains to hide the latency of each */
@@ -34,8 +38,21 @@ double fma_float32(long rounds) {
     return 2.0 * (double)rounds * CHAINS * BYTES / sizeof(float);
 }
 
-/* 0 where the processor has no such instruction. */
+/* On tiles where there are some; 0 where the processor has no such instruction. */
 double fma_bfloat16(long rounds) {
+#ifdef HAS_TILES
+    if (amx_usable()) {
+        tiles_configure();
+        for (long n = 0; n < rounds / 4; n++) {
+            tile_dot(0, 4, 6);
+            tile_dot(1, 4, 7);
+            tile_dot(2, 5, 6);
+            tile_dot(3, 5, 7);
+        }
+        tiles_release();
+        return 2.0 * (double)(rounds / 4) * 4 * 16 * 16 * 32;
+    }
+#endif
 #ifdef __AVX512BF16__
     __m512 sum[CHAINS];
     __m512i a = _mm512_setzero_si512(), b = a;

@@ -425,10 +425,13 @@ def splice(document: Path, name: str, content: str) -> None:
     document.write_text(text)
 
 
+SERVER_THREADS = 16  # a CPU with so many in use is told from one with few
+
 REPORTS = (  # benchmark, machine, document, place in it, text, picture or None
     ("cpu", "cpu", "README.md", "cpu", cpu_table, cpu_plot),
     ("gpu", "gpu", "README.md", "gpu", gpu_table, gpu_plot),
     ("gpu", "gpu", "docs/performance.md", "gpu_features", gpu_features, None),
+    ("cpu", "server", "docs/performance.md", "cpu_server", cpu_table, None),
     ("paper", "cpu", "README.md", "memory", memory_table, paper_plot),
     ("paper", "gpu", "README.md", "gpt2", gpt2_summary, paper_plot),
     ("paper", "cpu", "docs/paper.md", "paper_cpu", paper_tables, paper_plot),
@@ -441,7 +444,8 @@ def newest_records() -> dict[tuple[str, str], dict]:
     newest = {}
     for path in RESULTS.glob("*.json"):
         record = json.loads(path.read_text())
-        key = path.name.split("_")[0], "gpu" if "device" in record else "cpu"
+        machine = "server" if record.get("threads", 0) >= SERVER_THREADS else "cpu"
+        key = path.name.split("_")[0], "gpu" if "device" in record else machine
         newest[key] = max(record, newest.get(key, record), key=lambda record: record["date"])
     return newest
 

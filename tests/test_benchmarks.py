@@ -25,7 +25,8 @@ def test_documents_are_made_from_the_newest_records(report):
         if (benchmark, machine) not in records:
             continue
         stale = f"{document}, {place}: run benchmarks/report.py"
-        assert text(records[benchmark, machine]) in (ROOT / document).read_text(), stale
+        if record := records.get((benchmark, machine)):
+            assert text(record) in (ROOT / document).read_text(), stale
 
 
 def test_the_papers_figures_stand_beside_ours(report):

@@ -8,8 +8,11 @@
  *
  * A key tile stays while all queries of its group pass by, so that dK and dV are finished when it
  * is left. Gradients of rows that lie together are summed in their own tensors where those hold
- * reals, others in scratch; dQ always in its own tensor where that holds reals, but tasks that
- * share a head's keys need a buffer for dQ each, but for one. */
+ * reals, others in scratch, for which tasks that share a head's keys need a buffer for dQ each.
+ *
+ * Heads often lie side by side, so that a page of a gradient has rows of many. Tasks therefore
+ * begin at different keys: else all threads touch a new page at the same time, and the operating
+ * system fills it once for each. */
 
 enum { T(sums_in_place) = sizeof(elem) == sizeof(real) };
 
@@ -24,6 +27,10 @@ struct T(backward_scratch) {
     real *dK, *dV;          /* [block_n][D, Dv in whole vectors], likewise */
     real *lse, *delta;      /* [Hq / Hk][statistics_ld] */
 };
+
+static int T(dq_in_place)(const struct fa_params *p) {
+    return T(sums_in_place) && T(are_together)(&p->dq, p->seq_q, p->head_dim);
+}
 
 static int64_t T(statistics_ld)(const struct fa_params *p) {
     return fa_round_up(p->seq_q, LANES);
@@ -291,8 +298,13 @@ static void T(backward_keys)(const struct fa_params *p, const struct fa_key_shar
         T(row_statistics)(s.lse + g * T(statistics_ld)(p), s.delta + g * T(statistics_ld)(p), p, b,
                           hk * group + g);
 
-    for (int64_t first = share->first_tile * FA_BLOCK_N_BACKWARD; first < p->seq_k;
-         first += share->step * FA_BLOCK_N_BACKWARD) {
+    const int64_t rounds = fa_div_up(fa_div_up(p->seq_k, FA_BLOCK_N_BACKWARD), share->count);
+    for (int64_t x = 0; x < rounds; x++) {
+        const int64_t round = (x + hk) % rounds;
+        const int64_t index = round % 2 ? share->count - 1 - share->index : share->index;
+        const int64_t first = (round * share->count + index) * FA_BLOCK_N_BACKWARD;
+        if (first >= p->seq_k)
+            continue;
         struct T(key_tile)
             tile = {.key = first, .keys = fa_min(FA_BLOCK_N_BACKWARD, p->seq_k - first)};
         const elem *K = T(at)(&p->k, b, hk, first), *V = T(at)(&p->v, b, hk, first);
@@ -347,7 +359,7 @@ static void T(backward_store_dq)(const struct fa_params *p, int64_t batch, int64
     for (int64_t row = begin; row < end;) { /* a head at a time */
         const int64_t i = row % p->seq_q, rows = fa_min(p->seq_q - i, end - row);
         T(store_gradient)(&p->dq, batch, head_k * group + row / p->seq_q, i, rows, p->head_dim,
-                          T(sums_in_place), (const real *)buffers + row * ld, size, count,
+                          T(dq_in_place)(p), (const real *)buffers + row * ld, size, count,
                           (real)p->scale);
         row += rows;
     }

@@ -25,10 +25,12 @@ struct fa_query_tile {
                                    NULL: write out and lse */
 };
 
-/* The keys that one backward task handles: tiles first_tile, first_tile + step, ... of a head. */
+/* The keys that one backward task handles, one tile of every `count` of a head: the tile `index`,
+ * in the next round the one as far from the end, and so on, which is fair to all shares also where
+ * a causal mask leaves less and less of the tiles. */
 struct fa_key_share {
     int64_t batch, head_k;
-    int64_t first_tile, step;
+    int64_t index, count;
     void *dq; /* sum dq here, acc [(Hq / Hk) * Sq, D in whole vectors]; NULL: in its own tensor */
 };
 
@@ -43,7 +45,7 @@ struct fa_cpu_kernels {
     size_t (*backward_scratch)(const struct fa_params *p);
     void (*backward_keys)(const struct fa_params *p, const struct fa_key_share *share,
                           void *scratch);
-    int dq_in_place; /* whether dq can be summed in its own tensor */
+    int (*dq_in_place)(const struct fa_params *p);    /* whether dq is summed in its own tensor */
     size_t (*backward_dq)(const struct fa_params *p); /* bytes of one dq buffer */
     /* Rows [begin, end) of a group's dq = scale * the sum of `count` buffers, one after the other,
      * and of what is in the tensor itself where that is possible. */

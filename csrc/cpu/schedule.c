@@ -181,7 +181,7 @@ static struct backward_plan plan_backward(const struct fa_params *p) {
     plan.shares = plan.owners >= 4 * threads ? 1 : threads / gcd(plan.owners, threads);
     plan.shares = dmask->data && dmask->stride_col == 0 ? 1 : fa_min(plan.shares, fa_max(1, tiles));
     plan.scratch = cache_lines(plan.kernels->backward_scratch(p));
-    plan.buffers = plan.shares - plan.kernels->dq_in_place;
+    plan.buffers = plan.shares - plan.kernels->dq_in_place(p);
     plan.dq = p->dq.data ? plan.kernels->backward_dq(p) : 0;
     plan.scratches = p->workspace;
     plan.dqs = plan.scratches + plan.scratch * (size_t)threads;
@@ -206,19 +206,21 @@ size_t fa_cpu_backward_workspace(const struct fa_params *p) {
     return backward_bytes(&plan);
 }
 
+enum { DQ_ROWS = 256 }; /* whose dq buffers are summed at a time */
+
 static void backward_task(const void *ctx, int64_t task, int slot) {
     const struct backward_plan *plan = ctx;
     const struct fa_params *p = plan->p;
     const int64_t owner = task / plan->shares, share = task % plan->shares;
     const int64_t owners_of_batch = p->heads_k / plan->heads_k;
-    const int64_t rows = fa_heads_per_group(p) * p->seq_q;
+    const int64_t rows = fa_heads_per_group(p) * p->seq_q, blocks = fa_div_up(rows, DQ_ROWS);
     for (int64_t b = 0; b < plan->batches; b++) {
         for (int64_t h = 0; h < plan->heads_k; h++) {
             struct fa_key_share keys = {
                 .batch = plan->batches > 1 ? b : owner / owners_of_batch,
                 .head_k = plan->heads_k > 1 ? h : owner % owners_of_batch,
-                .first_tile = share,
-                .step = plan->shares,
+                .index = share,
+                .count = plan->shares,
             };
             const int64_t group = keys.batch * p->heads_k + keys.head_k;
             const int64_t first = plan->buffers * (plan->shares > 1 ? group : slot);
@@ -227,14 +229,15 @@ static void backward_task(const void *ctx, int64_t task, int slot) {
             if (buffer >= 0)
                 keys.dq = dqs + plan->dq * (size_t)buffer;
             plan->kernels->backward_keys(p, &keys, plan->scratches + plan->scratch * (size_t)slot);
-            if (p->dq.data && plan->shares == 1)
-                plan->kernels->backward_store_dq(p, keys.batch, keys.head_k, 0, rows, dqs,
+            for (int64_t x = 0; x < blocks && p->dq.data && plan->shares == 1; x++) {
+                const int64_t begin = (x + keys.head_k) % blocks * DQ_ROWS;
+                plan->kernels->backward_store_dq(p, keys.batch, keys.head_k, begin,
+                                                 fa_min(begin + DQ_ROWS, rows), dqs,
                                                  (int)plan->buffers);
+            }
         }
     }
 }
-
-enum { DQ_ROWS = 256 }; /* of a task that sums dq buffers */
 
 static void sum_dq_task(const void *ctx, int64_t task, int slot) {
     (void)slot;

@@ -82,7 +82,7 @@ static inline void fa_fetch(struct fa_ahead *ahead) {
         .forward_merge = FA_JOIN(forward_merge, ELEM_),                                            \
         .backward_scratch = FA_JOIN(backward_scratch_bytes, ELEM_),                                \
         .backward_keys = FA_JOIN(backward_keys, ELEM_),                                            \
-        .dq_in_place = FA_JOIN(sums_in_place, ELEM_),                                              \
+        .dq_in_place = FA_JOIN(dq_in_place, ELEM_),                                                \
         .backward_dq = FA_JOIN(backward_dq_bytes, ELEM_),                                          \
         .backward_store_dq = FA_JOIN(backward_store_dq, ELEM_),                                    \
     }

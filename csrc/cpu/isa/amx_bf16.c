@@ -33,7 +33,7 @@ const struct fa_cpu_kernels fa_cpu_amx_bf16 = {
     .forward_merge = T(forward_merge),
     .backward_scratch = T(backward_scratch_bytes),
     .backward_keys = backward_keys,
-    .dq_in_place = T(sums_in_place),
+    .dq_in_place = T(dq_in_place),
     .backward_dq = T(backward_dq_bytes),
     .backward_store_dq = T(backward_store_dq),
 };
