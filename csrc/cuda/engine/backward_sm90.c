@@ -3,16 +3,16 @@
 #include "../kernels/params.h"
 #include "engine.h"
 
-/* Two warpgroups own 64 keys each. Of the 240 registers of a thread dK and dV take (D + Dv) / 2, S
- * and then dP block_m / 2, P and then dS block_m / 4, dQ 32: 192 (D = 64) or 208 (D = 128). Of the
- * wide kernel both have the same 64 keys, one dK, the other dV: 208 (D = 256). The first row that
- * has room for the head size is taken. */
+/* Two warpgroups own 64 keys each. Of the 200 or 208 registers of a thread dK and dV take
+ * (D + Dv) / 2, S and then dP block_m / 2, P and dS block_m / 4 each: 192 (D = 64 and D = 128). Of
+ * the wide kernel, with 240, both have the same 64 keys, one dK, the other dV: 208 (D = 256). The
+ * first row that has room for the head size is taken. */
 static const struct tile {
     int max_head_dim; /* the larger of D and Dv */
     int kernel, block_m, block_n, q_buffers;
 } tiles[] = {
-    {64, FA_CUDA_BACKWARD_SM90, 128, 128, 2},
-    {128, FA_CUDA_BACKWARD_SM90, 64, 128, 2},
+    {64, FA_CUDA_BACKWARD_SM90, 128, 128, 3},
+    {128, FA_CUDA_BACKWARD_SM90, 64, 128, 3},
     {256, FA_CUDA_BACKWARD_WIDE_SM90, 64, 64, 2},
 };
 enum { THREADS = 384, STAGES = 2 };
@@ -22,18 +22,16 @@ enum { NO_TILES, TILES, ONE_FOR_ALL_QUERIES };
 
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
-    enum { BARRIERS = 256, WARPS = 8 }; /* 16 bytes for no tile of a mask, too */
+    enum { BARRIERS = 256 }; /* 16 bytes for no tile of a mask, too */
     const int mask = v->mask_tiles == TILES ? fa_cuda_mask_bytes(v, v->block_m) : 0;
-    const int dq_cols = v->head_dim < 64 ? (v->head_dim + 15) / 16 * 16 : 64;
     const int dS = fa_cuda_panels_bytes(v->block_n, v->block_m);
     return fa_cuda_panels_bytes(v->block_n, v->head_dim) +
            fa_cuda_panels_bytes(v->block_n, v->head_dim_v) +
            v->q_buffers * fa_cuda_panels_bytes(v->block_m, v->head_dim) +
            v->stages * fa_cuda_panels_bytes(v->block_m, v->head_dim_v) +
            v->q_buffers * v->block_m * 2 * (int)sizeof(float) + BARRIERS + mask +
-           (v->kernel == FA_CUDA_BACKWARD_WIDE_SM90
-                ? 3 * dS + v->block_m * v->block_n * 2 /* P */
-                : (mask > 32 << 10 ? 1 : 2) * dS + WARPS * 16 * dq_cols * (int)sizeof(float));
+           (v->kernel == FA_CUDA_BACKWARD_WIDE_SM90 ? 3 * dS + v->block_m * v->block_n * 2 /* P */
+                                                    : 2 * dS);
 }
 
 static const struct tile *find_tile(const struct fa_params *p) {
@@ -90,8 +88,9 @@ void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step)
     v->block_m = (uint16_t)t->block_m;
     v->block_n = (uint16_t)t->block_n;
     v->threads = THREADS;
+    v->dq_transposed = t->kernel == FA_CUDA_BACKWARD_SM90;
     v->stages = STAGES;
-    v->mask_tiles = (uint16_t)mask_tiles(p, v->mask);
+    v->mask_tiles = (uint8_t)mask_tiles(p, v->mask);
     if (mask_grad_can_be_mapped(p))
         v->mask_grad = 4;
     v->q_buffers = (uint8_t)t->q_buffers;

@@ -76,8 +76,8 @@ struct fa_cuda_variant {
                           stored in dtype; 4, of sm_90a, as 3, by the copy engine */
 
     /* of sm_90a: buffers of Q; FA_MASK_TILES; in the forward, whether warpgroups take turns */
-    uint8_t q_buffers, ping_pong;
-    uint16_t mask_tiles;
+    uint8_t q_buffers, mask_tiles, ping_pong;
+    uint8_t dq_transposed; /* the sum of dQ is, see kernels/workspace.cuh */
 
     uint16_t head_dim, head_dim_v;
     uint16_t block_m, block_n, threads, stages;

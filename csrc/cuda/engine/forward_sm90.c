@@ -97,7 +97,7 @@ size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch) {
 void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
     struct fa_cuda_variant *v = &step->variant;
     v->kernel = FA_CUDA_FORWARD_SM90;
-    v->mask_tiles = (uint16_t)mask_tiles(p, v->mask);
+    v->mask_tiles = (uint8_t)mask_tiles(p, v->mask);
     if (!choose_tile(p, v)) {
         v->mask_tiles = 0;
         choose_tile(p, v);

@@ -386,9 +386,12 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
     struct fa_cuda_step *backward = &steps[count++];
     *backward = step(FA_CUDA_BACKWARD, p, arch, sm_count);
     try_sm90(p, arch, backward);
-    if (p->dq.data)
-        steps[count++] =
-            step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);
+    if (p->dq.data) {
+        struct fa_cuda_step *last = &steps[count++];
+        *last = step(p->deterministic ? FA_CUDA_BACKWARD_DQ : FA_CUDA_CONVERT, p, arch, sm_count);
+        if (!p->deterministic)
+            last->variant.dq_transposed = backward->variant.dq_transposed;
+    }
     if (p->dmask.data && p->deterministic && fa_mask_grad_broadcasts(p))
         steps[count++] = step(FA_CUDA_BACKWARD_MASK, p, arch, sm_count);
     return count;
@@ -410,6 +413,7 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DFA_WINDOW=%d", v->window);
     ADD("-DFA_DROPOUT=%d", v->dropout);
     ADD("-DFA_MASK_GRAD=%d", v->mask_grad);
+    ADD("-DFA_DQ_TRANSPOSED=%d", v->dq_transposed);
     ADD("-DHEAD_DIM=%d", v->head_dim);
     ADD("-DHEAD_DIM_V=%d", v->head_dim_v);
     ADD("-DBLOCK_M=%d", v->block_m);

@@ -83,16 +83,13 @@ struct WarpMask {
     }
 };
 
-/* The warps that take the gradient away, and their first. */
-constexpr int TAKERS = FA_MASK_GRAD ? 2 : 0, FIRST_TAKER = 2;
-
-/* The gradient from a tile of dS: keys from j, queries from i on. What a thread is to do is found
- * out anew for each tile, for it has few registers. */
-template <class STile>
+/* By COUNT warps, from warp FIRST on, the gradient from a tile of dS: keys from j, queries from i
+ * on. What a thread is to do is found out anew for each tile, for it has few registers. */
+template <int FIRST, int COUNT, class STile>
 static __device__ __forceinline__ void put_mask_gradient(STile dS, const fa_kernel_params &p, int b,
                                                          int h, int i, int j) {
-    constexpr int LANES = BLOCK_N / 4, STEP = TAKERS * 32 / LANES; /* of 4 keys; rows at once */
-    const unsigned thread = thread_index() - 32 * FIRST_TAKER, col = thread % LANES * 4;
+    constexpr int LANES = BLOCK_N / 4, STEP = COUNT * 32 / LANES; /* of 4 keys; rows at once */
+    const unsigned thread = thread_index() - 32 * FIRST, col = thread % LANES * 4;
     const bool aligned = is_aligned(p.dmask, 4, sizeof(mask_grad_elem));
     const int cols = p.seq_k - j - (int)col;
     mask_grad_elem *to = mask_grad_at(p, b, h, i + thread / LANES, j + col);
@@ -106,24 +103,19 @@ static __device__ __forceinline__ void put_mask_gradient(STile dS, const fa_kern
     }
 }
 
-/* From dS of the n-th tile in shared memory. */
-template <class STile, class Maps, class Shared, class Work>
-static __device__ __forceinline__ void
-take_mask_gradient(const fa_kernel_params &p, const Maps &maps, Shared &shared, const Work &work,
-                   QueryTile tile, unsigned n) {
-    constexpr int BUFFERS = sizeof shared.dS / STile::BYTES;
-    static_assert(STile::COUNT <= 2, "each warp stores a panel");
-    const STile dS{shared_address(shared.dS[n % BUFFERS])};
-    wait_full(shared.dS_full, n);
+/* Likewise; dS may not change until tma_store_wait_read. */
+template <int FIRST, int COUNT, class STile, class Maps, class Work>
+static __device__ __forceinline__ void take_mask_gradient(const fa_kernel_params &p,
+                                                          const Maps &maps, STile dS,
+                                                          const Work &work, QueryTile tile) {
+    static_assert(STile::COUNT <= COUNT, "each warp stores a panel");
     if (FA_MASK_GRAD != 4) {
-        put_mask_gradient(dS, p, work.b, tile.h, tile.i, work.first_key);
+        put_mask_gradient<FIRST, COUNT>(dS, p, work.b, tile.h, tile.i, work.first_key);
     } else if (threadIdx.x % 32 == 0) {
-        const int taker = thread_index() / 32 - FIRST_TAKER;
+        const int taker = thread_index() / 32 - FIRST;
         if (taker < STile::COUNT)
             tma_store(&maps.dmask, dS.address + taker * STile::PANEL_BYTES,
                       work.first_key + 64 * taker, tile.i, tile.h, work.b);
         tma_store_commit();
-        tma_store_wait_read();
     }
-    release(&shared.dS_empty[n % BUFFERS]);
 }

@@ -1,48 +1,45 @@
 /* The FlashAttention backward for sm_90a (Dao 2023, Algorithm 2), with TMA and wgmma.
  *
  * A block owns BLOCK_N keys of one key head; the queries of every head of the group pass by BLOCK_M
- * at a time. Its first warpgroup moves data: one warp brings K and Q, one V and dO. The other two
- * own 64 keys each, and keep their dK and dV in registers until they are finished:
+ * at a time. Two of its warpgroups own 64 keys each, and keep their dK and dV in registers until
+ * they are finished:
  *
  *     S^T = K Q^T, dP^T = V dO^T    64 keys x BLOCK_M
  *     dV += P^T dO, dK += dS^T Q    64 keys x all columns
- *     dQ = dS K                     64 queries x at most 64 columns, of all keys of the block
  *
  * Scores are transposed because as accumulators P^T and dS^T have the layout of the first operand
  * of the products with dO and Q: they stay in registers. Only dQ wants all keys; for it dS goes
- * through shared memory. The sum of dQ over all blocks is made in global memory, in float, by the
- * copy engine.
+ * through shared memory to the first warpgroup, which makes
  *
- * What the threads compute between products is hidden behind those of the other warpgroup, and
- * partly behind their own: exponentials run under dP, and under dK dQ goes to shared memory, from
- * where a warp of the first warpgroup adds it to the sum in global memory. S of the next tile is
- * asked for while dK runs. The same two warps take the gradient of a mask from dS.
+ *     dQ^T = K^T dS^T               64 columns x 64 queries, of all keys of the block
+ *
+ * where K^T is an operand that stays in registers, and adds it to the sum in global memory, in
+ * float. So the other two never wait for each other, and hardly for the first. Besides, the first
+ * brings all tiles and takes the gradient of a mask from dS.
+ *
+ * What the threads of a warpgroup compute between products is hidden behind those of the others,
+ * and partly behind its own: S of the next tile is asked for with dK, and the exponentials run
+ * under dK.
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, Q_BUFFERS,
  * STAGES (of dO), FA_WINDOW, FA_DROPOUT, and the macros of backward_mask_sm90.cuh. */
 #include "backward_sm90.cuh"
 
-constexpr int CONSUMERS = 2; /* warpgroups that compute */
+constexpr int CONSUMERS = 2; /* warpgroups that own keys */
 static_assert(BLOCK_N == KEYS * CONSUMERS && THREADS == 128 * (CONSUMERS + 1), "see above");
 
-/* Registers of a thread that moves data and of one that computes; at first all have the same. */
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+/* Whether K^T stays in registers of the first warpgroup: where the others have some to spare. */
+constexpr bool K_IN_REGISTERS = DEPTH <= 64 && !(FA_MASK && (FA_DROPOUT || !FA_MASK_TILES));
 
-/* The warpgroups share dQ by its rows where there are 128, else by its columns, if these are more
- * than 64. */
-constexpr bool DQ_BY_ROWS = BLOCK_M == 128;
-static_assert(DEPTH <= (DQ_BY_ROWS ? 64 : 128), "all of dQ is computed");
+/* Registers of a thread of the first warpgroup and of the others; at first all have the same. */
+constexpr int DQ_REGISTERS = K_IN_REGISTERS ? 104 : 88;
+constexpr int CONSUMER_REGISTERS = K_IN_REGISTERS ? 200 : 208;
 
-/* One where a tile of a float32 mask takes the place of the other. */
-constexpr int DS_BUFFERS = MASK_BYTES > 32 << 10 ? 1 : 2;
-
+constexpr int DS_BUFFERS = 2;
 static_assert(Q_BUFFERS > 1, "S of the next tile is asked for before this Q is done with");
 
-/* Where there are no registers for dP during exponentials, it is asked for after them, and dV at
- * once after it, for dS to run under something; but dropout has a P for dS and another one for dV.
- */
-constexpr bool LATE_DP = BLOCK_M == 128 && (FA_DROPOUT || FA_MASK);
-constexpr bool EARLY_DV = LATE_DP && !FA_DROPOUT;
+/* Where there are registers for dS, which dK reads, during the exponentials. */
+constexpr bool DK_UNDER_EXPONENTIALS = !FA_DROPOUT && (!FA_MASK || FA_MASK_TILES);
 
 /* Of lse, what is loaded before S is waited for. */
 constexpr int AHEAD = QUERY_TILES < 8 ? QUERY_TILES : 8;
@@ -57,7 +54,6 @@ struct Shared {
     unsigned char Q[Q_BUFFERS][QTile::BYTES];
     unsigned char dO[STAGES][OTile::BYTES];
     unsigned char dS[DS_BUFFERS][STile::BYTES];
-    float dQ[CONSUMERS][4][DQ_COLS / 8][DQ_TILE]; /* of each warp, on its way to global memory */
     unsigned char mask[MASK_BYTES];
     PairStats stats[Q_BUFFERS][BLOCK_M / 2]; /* row_stats; come with Q */
     mbarrier K_full, V_full;
@@ -65,79 +61,116 @@ struct Shared {
     mbarrier Q_full[Q_BUFFERS], Q_empty[Q_BUFFERS];
     mbarrier dO_full[STAGES], dO_empty[STAGES];
     mbarrier dS_full[DS_BUFFERS], dS_empty[DS_BUFFERS];
-    mbarrier dQ_full[CONSUMERS][1], dQ_empty[CONSUMERS][1];
 };
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
-/* What warpgroup w of those that compute has of dQ: 64 queries from `row` of a tile on, and up to
- * 64 columns from `col` on. Where there are none for the second warpgroup, its part is not used. */
-struct DQPart {
-    int row, col, bytes; /* of 16 queries */
+/* --- the first warpgroup --- */
 
-    __device__ __forceinline__ explicit DQPart(int w)
-        : row(DQ_BY_ROWS ? 64 * w : 0), col(DQ_BY_ROWS ? 0 : 64 * w),
-          bytes(min(DQ_COLS, DEPTH - col) / 8 * DQ_TILE * (int)sizeof(float)) {}
-};
+static_assert(FA_DQ_TRANSPOSED && DEPTH <= 128, "one panel or two of K");
 
-static __device__ __forceinline__ QueryTile after(const fa_kernel_params &p, const Work &work,
-                                                  QueryTile tile) {
-    return QueryTiles(p, work.h, work.first_key).after(tile);
-}
+/* 64 columns of K^T as the first operand of a product, of which each warp has 16. */
+using Columns = unsigned[BLOCK_N / 16][4];
 
-/* --- what takes away what warpgroup w computes: a warp --- */
-
-/* Adds the n-th dQ to the sum in global memory: a thread for each warp of the warpgroup. Which
- * thread that is it finds out anew for each tile, for it has few registers. */
-static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, Shared &shared,
-                                              const Work &work, QueryTile tile, unsigned n) {
-    const int w = thread_index() / 32 - FIRST_TAKER, warp = thread_index() % 32;
-    const DQPart part(w);
-    const int query = tile.i + part.row + 16 * warp;
-    if (!p.dq_sum || warp >= 4)
-        return;
-    wait_full(shared.dQ_full[w], n);
-    if (query < p.seq_q && part.bytes > 0)
-        bulk_add(dq_sum_tile(p, work.b, tile.h, query, part.col),
-                 shared_address(shared.dQ[w][warp]), part.bytes);
-    tma_store_commit();
-    tma_store_wait_read();
-    mbarrier_arrive(&shared.dQ_empty[w][0]);
-}
-
-/* Both gradients that are made of dS in shared memory: of the mask, and dQ. */
-static __device__ __forceinline__ void take(const fa_kernel_params &p, const Maps &maps,
-                                            Shared &shared, const Work &work,
-                                            const QueryTiles &queries) {
-    if (!FA_MASK_GRAD && (!p.dq_sum || threadIdx.x % 32 >= 4))
-        return;
-    QueryTile tile = queries.first();
-    bool more = queries.has(tile);
-#pragma unroll 1
-    for (unsigned n = 0; more; n++) {
-        if (FA_MASK_GRAD) {
-            take_mask_gradient<STile>(p, maps, shared, anew(work), tile, n);
-            tile = {anew(tile.h), anew(tile.i)}, n = anew(n);
-        }
-        add_dQ(p, shared, anew(work), tile, n);
-        const Work here = FA_MASK_GRAD ? Work(p) : work;
-        const QueryTiles now = FA_MASK_GRAD ? QueryTiles(p, here.h, here.first_key) : queries;
-        tile = now.after(tile), more = now.has(tile);
-    }
-}
-
-/* --- a warpgroup that computes --- */
-
-/* The n-th dQ of a warp, for add_dQ. */
-static __device__ __forceinline__ void put_dQ(Shared &shared, const Gradient<DQ_COLS> &dQ, int w,
-                                              int warp, unsigned lane, unsigned n) {
-    wait_empty(shared.dQ_empty[w], n);
+static __device__ __forceinline__ void load(Columns &A, KTile K, int warp) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int d = 0; d < DQ_COLS / 8; d++)
-        *(float4 *)&shared.dQ[w][warp][d][4 * lane] =
-            make_float4(dQ[d][0], dQ[d][1], dQ[d][2], dQ[d][3]);
-    fence_proxy_async();
-    release(&shared.dQ_full[w][0]);
+    for (int n = 0; n < BLOCK_N; n += 16)
+        ldmatrix_x4_trans(A[n / 16],
+                          K.chunk(n + lane / 16 * 8 + lane % 8, 16 * warp + lane / 8 % 2 * 8));
 }
+
+/* dQ^T = K^T dS^T of 64 queries and of 64 columns, those of the first panel of K. */
+static __device__ __forceinline__ void multiply(Gradient<64> &dQ, const Columns &K, STile dS) {
+    wgmma_fence();
+    Wgmma<64>::multiply<OVER_COLS>(dQ, K[0], dS.sum_over_cols(0));
+#pragma unroll
+    for (int n = 16; n < BLOCK_N; n += 16)
+        Wgmma<64>::multiply_add<OVER_COLS>(dQ, K[n / 16], dS.sum_over_cols(n));
+    wgmma_commit();
+}
+static __device__ __forceinline__ void multiply(Gradient<64> &dQ, KTile K, STile dS) {
+    wgmma_fence();
+    Wgmma<64>::multiply<OVER_ROWS, OVER_COLS>(dQ, K.sum_over_rows(0), dS.sum_over_cols(0));
+#pragma unroll
+    for (int n = 16; n < BLOCK_N; n += 16)
+        Wgmma<64>::multiply_add<OVER_ROWS, OVER_COLS>(dQ, K.sum_over_rows(n), dS.sum_over_cols(n));
+    wgmma_commit();
+}
+
+/* Adds what a warp has of it, 16 columns from `col` on of the queries from `query` on. */
+static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, const Gradient<64> &dQ,
+                                              int b, int h, int query, int col) {
+    if (col >= DEPTH)
+        return;
+    float *to = dq_sum_tile(p, b, h, query, col);
+#pragma unroll
+    for (int m = 0; m < 8; m++)
+        if (query + m / 2 * 16 < p.seq_q)
+            add_to_dq_sum(to + (m / 2 * (DEPTH / 8) + m % 2) * DQ_TILE, dQ[m]);
+}
+
+/* Brings tiles; makes dQ, and the gradient of a mask, of dS. */
+static __device__ __forceinline__ void serve(const fa_kernel_params &p, const Maps &maps,
+                                             Shared &shared, const Work &work,
+                                             const QueryTiles &queries, int warp) {
+    QueryTile tile = queries.first(), coming = tile;
+    unsigned brought = 0;
+    /* One thread brings Q, one dO; then all lanes go on together, as wgmma wants it. */
+    const auto bring_next = [&] {
+        if (!queries.has(coming))
+            return;
+        if (threadIdx.x == 0)
+            bring_Q(p, maps, shared, work, coming, brought);
+        else if (threadIdx.x == 32)
+            bring_dO(p, maps, shared, work, coming, brought);
+        coming = queries.after(coming), brought++;
+        __syncwarp();
+    };
+    if (!queries.has(tile)) {
+        barrier_arrive(KEYS_DONE, THREADS);
+        return;
+    }
+    if (threadIdx.x == 0)
+        bring_K(p, maps, shared, work);
+    else if (threadIdx.x == 32)
+        bring_V(p, maps, shared, work);
+#pragma unroll 1
+    for (int i = 1; i < (warp == 0 ? Q_BUFFERS : STAGES); i++)
+        bring_next();
+
+    const KTile K{shared_address(shared.K)};
+    Columns columns;
+    mbarrier_wait(&shared.K_full, 0);
+    if (K_IN_REGISTERS)
+        load(columns, K, warp);
+#pragma unroll 1
+    for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
+        bring_next();
+        const STile dS{shared_address(shared.dS[n % DS_BUFFERS])};
+        wait_full(shared.dS_full, n);
+        if (FA_MASK_GRAD)
+            take_mask_gradient<0, 4>(p, maps, dS, work, tile);
+#pragma unroll
+        for (int row = 0; p.dq_sum && row < BLOCK_M; row += 64)
+#pragma unroll
+            for (int panel = 0; panel < DEPTH; panel += 64) {
+                Gradient<64> dQ;
+                if (K_IN_REGISTERS)
+                    multiply(dQ, columns, dS.from_row(row));
+                else
+                    multiply(dQ, K.from_panel_of(panel), dS.from_row(row));
+                wgmma_wait<0>();
+                pin(dQ);
+                add_dQ(p, dQ, work.b, tile.h, tile.i + row, panel + 16 * warp);
+            }
+        if (FA_MASK_GRAD)
+            tma_store_wait_read();
+        release(&shared.dS_empty[n % DS_BUFFERS]);
+    }
+    barrier_arrive(KEYS_DONE, THREADS);
+}
+
+/* --- a warpgroup that owns keys --- */
 
 /* dK and dV, in the places of K and V. */
 static __device__ __forceinline__ void store_gradients(const fa_kernel_params &p, const Maps &maps,
@@ -146,9 +179,9 @@ static __device__ __forceinline__ void store_gradients(const fa_kernel_params &p
     const int w = uniform(thread_index() / 128) - 1, row = KEYS * w;
     const KTile own_K = KTile{shared_address(shared.K)}.from_row(row);
     const VTile own_V = VTile{shared_address(shared.V)}.from_row(row);
-    /* A warpgroup has read its own rows of V, but all of K. */
+    /* But for the first, a warpgroup has read its own rows alone. */
     put_gradient<DEPTH_V>(own_V, dV, FA_DROPOUT ? p.dropout_scale : 1);
-    barrier_sync(KEYS_DONE, 128 * CONSUMERS);
+    barrier_sync(KEYS_DONE, THREADS);
     put_gradient<DEPTH>(own_K, dK, p.scale);
     fence_proxy_async();
     barrier_sync(GRADIENTS_DONE + w, 128);
@@ -162,21 +195,24 @@ static __device__ __forceinline__ void store_gradients(const fa_kernel_params &p
     tma_store_wait_read();
 }
 
+static __device__ __forceinline__ QueryTile after(const fa_kernel_params &p, const Work &work,
+                                                  QueryTile tile) {
+    return QueryTiles(p, work.h, work.first_key).after(tile);
+}
+
 /* Warpgroup w of those that compute. */
 static __device__ __forceinline__ void compute(const fa_kernel_params &p, const Maps &maps,
                                                Shared &shared, const Work &work,
                                                const QueryTiles &queries, int w) {
     const int warp = uniform(threadIdx.x / 32) % 4, warp_row = KEYS * w + 16 * warp;
     const unsigned lane = lane_anew();
-    const KTile K{shared_address(shared.K)}, own_K = K.from_row(KEYS * w);
-    const VTile V{shared_address(shared.V)}, own_V = V.from_row(KEYS * w);
+    const KTile K = KTile{shared_address(shared.K)}.from_row(KEYS * w);
+    const VTile V = VTile{shared_address(shared.V)}.from_row(KEYS * w);
     const auto dS_tile = [&](unsigned n) {
         return STile{shared_address(shared.dS[n % DS_BUFFERS])};
     };
     const auto Q = [&](unsigned n) { return QTile{shared_address(shared.Q[n % Q_BUFFERS])}; };
     const auto dO = [&](unsigned n) { return OTile{shared_address(shared.dO[n % STAGES])}; };
-    const DQPart part(w);
-    const KTile dq_K = K.from_panel_of(DEPTH > 64 ? part.col : 0);
 
     Gradient<DEPTH> dK;
     Gradient<DEPTH_V> dV;
@@ -187,7 +223,6 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
     const unsigned tiles = queries.count();
     Scores S, dP;
     Operand P, dS;
-    Gradient<DQ_COLS> dQ;
     Dropout dropout(p, work.b, tile.h);
     if (tiles > 0) {
         mbarrier_wait(&shared.K_full, 0);
@@ -197,53 +232,51 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, const 
          * does where S is asked for in a loop that ends otherwise than by this break. */
         pin(dK);
         pin(dV);
-        multiply_rows<DEPTH>(S, own_K, Q(0));
+        multiply_rows<DEPTH>(S, K, Q(0));
+        wgmma_commit(); /* of nothing, where later tiles have dK */
         for (unsigned n = 0;; tile = after(p, anew(work), tile), n++) {
-            wait_full(shared.dO_full, n);
-            if (!LATE_DP)
-                multiply_rows<DEPTH_V>(dP, own_V, dO(n));
             QueryNumbers lse, delta;
             load_lse<0, AHEAD>(lse, shared.stats[n % Q_BUFFERS], lane);
-            wgmma_wait<LATE_DP ? 0 : 1>(); /* S */
+            wgmma_wait<DK_UNDER_EXPONENTIALS ? 1 : 0>(); /* S */
             pin(S);
             load_lse<AHEAD, QUERY_TILES>(lse, shared.stats[n % Q_BUFFERS], lane);
             dropout.head = work.b * p.heads_q + tile.h;
             exponentiate(p, S, lse, shared, n, dropout, work, tile, warp_row, lane);
             round_P(P, S);
-            if (LATE_DP)
-                multiply_rows<DEPTH_V>(dP, own_V, dO(n));
-            if (EARLY_DV)
+            wgmma_wait<0>(); /* dK of the tile before */
+            if (n > 0)
+                release(&shared.Q_empty[(n - 1) % Q_BUFFERS]);
+            wait_full(shared.dO_full, n);
+            multiply_rows<DEPTH_V>(dP, V, dO(n));
+            if (!FA_DROPOUT)
                 multiply_queries<DEPTH_V>(dV, P, dO(n));
-            load_delta(delta, shared.stats[n % Q_BUFFERS], lane);
-            wgmma_wait<EARLY_DV ? 1 : 0>(); /* dP */
+            wgmma_wait<0>(); /* dP, dV */
             pin(dP);
+            if (!FA_DROPOUT)
+                release(&shared.dO_empty[n % STAGES]);
+            load_delta(delta, shared.stats[n % Q_BUFFERS], lane_anew());
             differentiate(p, dS, dP, P, delta);
+            if (FA_DROPOUT) { /* which has a P for dS and another one for dV */
+                keep(P);
+                wgmma_fence();
+                multiply_queries<DEPTH_V>(dV, P, dO(n));
+            }
             wait_empty(shared.dS_empty, n);
             put_dS(dS_tile(n), warp_row, dS, lane_anew());
             fence_proxy_async();
             release(&shared.dS_full[n % DS_BUFFERS]);
-            if (FA_DROPOUT)
-                keep(P);
-            wgmma_fence();
-            if (!EARLY_DV)
-                multiply_queries<DEPTH_V>(dV, P, dO(n));
-            wait_full(shared.dS_full, n);
-            multiply_keys(dQ, dS_tile(n).from_row(part.row), dq_K);
-            multiply_queries<DEPTH>(dK, dS, Q(n));
-
-            wgmma_wait<1>(); /* dV, dQ */
-            pin(dQ);
-            release(&shared.dO_empty[n % STAGES]);
-            release(&shared.dS_empty[n % DS_BUFFERS]);
-            if (p.dq_sum)
-                put_dQ(shared, dQ, w, warp, lane_anew(), n);
+            if (FA_DROPOUT) {
+                wgmma_wait<0>(); /* dV */
+                release(&shared.dO_empty[n % STAGES]);
+            }
             if (n + 1 == tiles)
                 break;
             wait_full(shared.Q_full, n + 1);
-            multiply_rows<DEPTH>(S, own_K, Q(n + 1));
-            wgmma_wait<1>(); /* dK */
-            release(&shared.Q_empty[n % Q_BUFFERS]);
+            multiply_rows<DEPTH>(S, K, Q(n + 1));
+            multiply_queries<DEPTH>(dK, dS, Q(n));
         }
+        wgmma_fence();
+        multiply_queries<DEPTH>(dK, dS, Q(tiles - 1));
         wgmma_wait<0>();
         pin(dK);
         pin(dV);
@@ -260,11 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         prepare_to_bring(maps, shared, 4 * CONSUMERS, 4 * CONSUMERS);
         for (int i = 0; i < DS_BUFFERS; i++) {
             mbarrier_init(&shared.dS_full[i], 4 * CONSUMERS);
-            mbarrier_init(&shared.dS_empty[i], 4 * CONSUMERS + TAKERS);
-        }
-        for (int w = 0; w < CONSUMERS; w++) {
-            mbarrier_init(&shared.dQ_full[w][0], 4);
-            mbarrier_init(&shared.dQ_empty[w][0], 4);
+            mbarrier_init(&shared.dS_empty[i], 4);
         }
         mbarrier_init_fence();
     }
@@ -275,10 +304,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (FA_MASK_GRAD >= 3 && FA_WINDOW)
         clear_hidden(p, queries, work.b, work.h, work.first_key);
     if (warp < 4) {
-        registers_decrease<PRODUCER_REGISTERS>();
-        bring(p, maps, shared, work, queries, warp);
-        if (warp >= FIRST_TAKER)
-            take(p, maps, shared, work, queries);
+        registers_decrease<DQ_REGISTERS>();
+        serve(p, maps, shared, work, queries, warp);
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         compute(p, maps, shared, work, queries, warp / 4 - 1);

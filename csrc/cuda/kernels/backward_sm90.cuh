@@ -22,8 +22,6 @@ constexpr int QUERY_TILES = BLOCK_M / 8;
 constexpr int FAR = 1 << 30; /* farther than any query */
 static_assert(FA_STATS_ROWS % BLOCK_M == 0, "row_stats are there for whole tiles");
 
-constexpr int DQ_COLS = DEPTH < 64 ? DEPTH : 64; /* of a product, at most */
-
 using KTile = Panels<BLOCK_N, HEAD_DIM>;
 using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
 using QTile = Panels<BLOCK_M, HEAD_DIM>;
@@ -48,7 +46,7 @@ static __device__ __forceinline__ Work anew(Work work) {
     return work;
 }
 
-/* --- what moves data: one thread of a warp. Shared is all of the kernel's shared memory. --- */
+/* --- what moves data: one thread. Shared is all of the kernel's shared memory. --- */
 
 /* Heads and batch entries as a tensor map counts them. */
 template <class Tensor> static __device__ __forceinline__ int head(const Tensor &t, int h) {
@@ -59,45 +57,46 @@ template <class Tensor> static __device__ __forceinline__ int entry(const Tensor
 }
 
 template <class Shared>
-static __device__ __forceinline__ void bring_K_and_Q(const fa_kernel_params &p, const Maps &maps,
-                                                     Shared &shared, const Work &work,
-                                                     const QueryTiles &queries) {
-    QueryTile tile = queries.first();
-    if (queries.has(tile))
-        KTile{shared_address(shared.K)}.load(&maps.k, &shared.K_full, work.first_key,
-                                             head(p.k, work.h), entry(p.k, work.b));
-    for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
-        const int buffer = n % Q_BUFFERS;
-        mbarrier *full = &shared.Q_full[buffer];
-        wait_empty(shared.Q_empty, n);
-        QTile{shared_address(shared.Q[buffer])}.load(&maps.q, full, tile.i, head(p.q, tile.h),
-                                                     entry(p.q, work.b));
-        mbarrier_arrive_expect(full, sizeof shared.stats[buffer]);
-        bulk_load(shared_address(shared.stats[buffer]), row_stats(p, work.b, tile.h, tile.i),
-                  sizeof shared.stats[buffer], full);
-        if (HAS_MASK_TILE) {
-            wait_empty(shared.mask_empty, n);
-            MaskTile{shared_address(shared.mask)}.load(&maps.mask, &shared.mask_full[0], tile.i,
-                                                       work.first_key, head(p.mask, tile.h),
-                                                       entry(p.mask, work.b));
-        }
-    }
+static __device__ __forceinline__ void bring_K(const fa_kernel_params &p, const Maps &maps,
+                                               Shared &shared, const Work &work) {
+    KTile{shared_address(shared.K)}.load(&maps.k, &shared.K_full, work.first_key, head(p.k, work.h),
+                                         entry(p.k, work.b));
+}
+template <class Shared>
+static __device__ __forceinline__ void bring_V(const fa_kernel_params &p, const Maps &maps,
+                                               Shared &shared, const Work &work) {
+    VTile{shared_address(shared.V)}.load(&maps.v, &shared.V_full, work.first_key, head(p.v, work.h),
+                                         entry(p.v, work.b));
 }
 
+/* Of the n-th tile: Q, row_stats and the mask; dO. */
 template <class Shared>
-static __device__ __forceinline__ void bring_V_and_dO(const fa_kernel_params &p, const Maps &maps,
-                                                      Shared &shared, const Work &work,
-                                                      const QueryTiles &queries) {
-    QueryTile tile = queries.first();
-    if (queries.has(tile))
-        VTile{shared_address(shared.V)}.load(&maps.v, &shared.V_full, work.first_key,
-                                             head(p.v, work.h), entry(p.v, work.b));
-    for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
-        wait_empty(shared.dO_empty, n);
-        OTile{shared_address(shared.dO[n % STAGES])}.load(&maps.dout, &shared.dO_full[n % STAGES],
-                                                          tile.i, head(p.dout, tile.h),
-                                                          entry(p.dout, work.b));
+static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const Maps &maps,
+                                               Shared &shared, const Work &work, QueryTile tile,
+                                               unsigned n) {
+    const int buffer = n % Q_BUFFERS;
+    mbarrier *full = &shared.Q_full[buffer];
+    wait_empty(shared.Q_empty, n);
+    QTile{shared_address(shared.Q[buffer])}.load(&maps.q, full, tile.i, head(p.q, tile.h),
+                                                 entry(p.q, work.b));
+    mbarrier_arrive_expect(full, sizeof shared.stats[buffer]);
+    bulk_load(shared_address(shared.stats[buffer]), row_stats(p, work.b, tile.h, tile.i),
+              sizeof shared.stats[buffer], full);
+    if (HAS_MASK_TILE) {
+        wait_empty(shared.mask_empty, n);
+        MaskTile{shared_address(shared.mask)}.load(&maps.mask, &shared.mask_full[0], tile.i,
+                                                   work.first_key, head(p.mask, tile.h),
+                                                   entry(p.mask, work.b));
     }
+}
+template <class Shared>
+static __device__ __forceinline__ void bring_dO(const fa_kernel_params &p, const Maps &maps,
+                                                Shared &shared, const Work &work, QueryTile tile,
+                                                unsigned n) {
+    wait_empty(shared.dO_empty, n);
+    OTile{shared_address(shared.dO[n % STAGES])}.load(&maps.dout, &shared.dO_full[n % STAGES],
+                                                      tile.i, head(p.dout, tile.h),
+                                                      entry(p.dout, work.b));
 }
 
 /* By one thread, first of all: the barriers of what is brought, to be used by so many warps, and
@@ -121,19 +120,6 @@ static __device__ __forceinline__ void prepare_to_bring(const Maps &maps, Shared
     }
     mbarrier_init(&shared.mask_full[0], 1);
     mbarrier_init(&shared.mask_empty[0], mask_warps);
-}
-
-/* By the warps of the first warpgroup. */
-template <class Shared>
-static __device__ __forceinline__ void bring(const fa_kernel_params &p, const Maps &maps,
-                                             Shared &shared, const Work &work,
-                                             const QueryTiles &queries, int warp) {
-    if (threadIdx.x % 32 != 0)
-        return;
-    if (warp == 0)
-        bring_K_and_Q(p, maps, shared, work, queries);
-    else if (warp == 1)
-        bring_V_and_dO(p, maps, shared, work, queries);
 }
 
 /* --- what a warpgroup computes --- */
@@ -162,17 +148,6 @@ static __device__ __forceinline__ void multiply_queries(Gradient<COLS> &C, const
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++)
         Wgmma<COLS>::multiply_add(C, A[m], B.sum_over_rows(16 * m));
-    wgmma_commit();
-}
-
-/* 64 columns of dQ = dS K, summed over the keys of the block. */
-static __device__ __forceinline__ void multiply_keys(Gradient<DQ_COLS> &dQ, STile dS, KTile K) {
-    wgmma_fence();
-    Wgmma<DQ_COLS>::multiply<OVER_COLS, OVER_ROWS>(dQ, dS.sum_over_cols(0), K.sum_over_rows(0));
-#pragma unroll
-    for (int n = 16; n < BLOCK_N; n += 16)
-        Wgmma<DQ_COLS>::multiply_add<OVER_COLS, OVER_ROWS>(dQ, dS.sum_over_cols(n),
-                                                           K.sum_over_rows(n));
     wgmma_commit();
 }
 

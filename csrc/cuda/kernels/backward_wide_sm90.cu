@@ -56,6 +56,49 @@ static __device__ __forceinline__ void add_dQ(const fa_kernel_params &p, const G
             add_to_dq_sum(tile + d * DQ_TILE, dQ[d]);
 }
 
+/* The first warpgroup: two warps bring all tiles, the others take the gradient of a mask from dS.
+ */
+constexpr int FIRST_TAKER = 2, TAKERS = FA_MASK_GRAD ? 2 : 0;
+
+static __device__ __forceinline__ void move(const fa_kernel_params &p, const Maps &maps,
+                                            Shared &shared, const Work &work,
+                                            const QueryTiles &queries, int warp) {
+    QueryTile tile = queries.first();
+    if (warp >= FIRST_TAKER) {
+#pragma unroll 1
+        for (unsigned n = 0; FA_MASK_GRAD && queries.has(tile); tile = queries.after(tile), n++) {
+            wait_full(shared.dS_full, n);
+            take_mask_gradient<FIRST_TAKER, 2>(
+                p, maps, STile{shared_address(shared.dS[n % DS_BUFFERS])}, anew(work), tile);
+            tma_store_wait_read();
+            release(&shared.dS_empty[n % DS_BUFFERS]);
+        }
+        return;
+    }
+    if (threadIdx.x % 32 != 0 || !queries.has(tile))
+        return;
+    if (warp == 0)
+        bring_K(p, maps, shared, work);
+    else
+        bring_V(p, maps, shared, work);
+    for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++) {
+        if (warp == 0)
+            bring_Q(p, maps, shared, work, tile, n);
+        else
+            bring_dO(p, maps, shared, work, tile, n);
+    }
+}
+
+/* 64 columns of dQ = dS K, summed over the keys of the block. */
+static __device__ __forceinline__ void multiply_keys(Gradient<64> &dQ, STile dS, KTile K) {
+    wgmma_fence();
+    Wgmma<64>::multiply<OVER_COLS, OVER_ROWS>(dQ, dS.sum_over_cols(0), K.sum_over_rows(0));
+#pragma unroll
+    for (int n = 16; n < BLOCK_N; n += 16)
+        Wgmma<64>::multiply_add<OVER_COLS, OVER_ROWS>(dQ, dS.sum_over_cols(n), K.sum_over_rows(n));
+    wgmma_commit();
+}
+
 /* The first warpgroup that computes, HAS_P, or the second. */
 template <bool HAS_P>
 static __device__ __forceinline__ void compute(const fa_kernel_params &p, const Maps &maps,
@@ -216,13 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         clear_hidden(p, queries, work.b, work.h, work.first_key);
     if (warp < 4) {
         registers_decrease<PRODUCER_REGISTERS>();
-        bring(p, maps, shared, work, queries, warp);
-        if (FA_MASK_GRAD && warp >= FIRST_TAKER) {
-            QueryTile tile = queries.first();
-#pragma unroll 1
-            for (unsigned n = 0; queries.has(tile); tile = queries.after(tile), n++)
-                take_mask_gradient<STile>(p, maps, shared, anew(work), tile, n);
-        }
+        move(p, maps, shared, work, queries, warp);
     } else {
         registers_increase<CONSUMER_REGISTERS>();
         if (warp < 8)

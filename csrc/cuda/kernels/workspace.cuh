@@ -1,7 +1,9 @@
 /* What the kernels of the backward hand on to each other in global memory. */
 #pragma once
 
+#include "elem.cuh"
 #include "params.h"
+#include "ptx/mma.cuh"
 #include "ptx/reduce.cuh"
 
 /* Of two queries next to each other: log2(e) lse, rowsum(dO * O). They lie as a thread of the main
@@ -18,11 +20,13 @@ static __device__ __forceinline__ PairStats *row_stats(const fa_kernel_params &p
     return (PairStats *)p.row_stats + (((long long)b * p.heads_q + h) * rows + i) / 2;
 }
 
-/* The sum of dQ, to which all blocks of a head add. It lies there as accumulators of mma_16x8x16,
- * [B, Hq, Sq / 16, D / 8] of 16 queries x 8 columns, so that a warp adds whole cache lines. */
+/* The sum of dQ, to which all blocks of a head add: [B, Hq, Sq / 16, D / 16] of 16 queries x 16
+ * columns, each as two accumulators of mma_16x8x16, so that a warp adds whole cache lines. They are
+ * of 16 queries x 8 columns, or, FA_DQ_TRANSPOSED, of 16 columns x 8 queries. */
 constexpr int DQ_TILE = 16 * 8; /* floats */
 
-/* The tile of queries from i and columns from d on, multiples of 16 and of 8. */
+/* The tile of queries from i and columns from d on, multiples of 16 and of 8; if transposed, both
+ * are multiples of 16, and the tile of the next eight queries comes next. */
 static __device__ __forceinline__ float *dq_sum_tile(const fa_kernel_params &p, int b, int h, int i,
                                                      int d) {
     const long long row_tiles = (p.seq_q + 15) / 16;
@@ -52,3 +56,22 @@ static __device__ __forceinline__ void load_dq_sum(float (&dQ)[4], const float *
         dQ[x] = tile[32 * x + lane];
 #endif
 }
+
+#if !FA_DTYPE_FP32
+/* Of two tiles, 16 queries x 16 columns: pair[c][r] is f times columns 8c + 2t and 8c + 2t + 1 of
+ * query g + 8r, with g = lane / 4 and t = lane % 4. */
+static __device__ __forceinline__ void round_dq(unsigned (&pair)[2][2], const float (&sum)[2][4],
+                                                float f) {
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const unsigned two = pack(sum[tile][2 * half] * f, sum[tile][2 * half + 1] * f);
+#if FA_DQ_TRANSPOSED
+            pair[half][tile] = movmatrix_trans(two);
+#else
+            pair[tile][half] = two;
+#endif
+        }
+}
+#endif

@@ -41,6 +41,14 @@ static __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned ad
                  : "memory");
 }
 
+/* The transpose of an 8 x 8 matrix of 16-bit elements, of which a thread holds two of row lane / 4.
+ */
+static __device__ __forceinline__ unsigned movmatrix_trans(unsigned two) {
+    unsigned y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(two));
+    return y;
+}
+
 static __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

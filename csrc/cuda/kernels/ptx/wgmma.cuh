@@ -86,7 +86,7 @@ enum { OVER_COLS, OVER_ROWS };
 template <int N> struct Wgmma;
 
 /* in0 to in4 number the operands after the accumulators. */
-#define DEFINE_WGMMA(N, in0, in1, in2, in3, in4)                                                   \
+#define DEFINE_WGMMA(N, in0, in1, in2, in3, in4, in5)                                              \
     template <> struct Wgmma<N> {                                                                  \
         /* D = A B */                                                                              \
         template <int A = OVER_COLS, int B = OVER_COLS>                                            \
@@ -120,38 +120,52 @@ template <int N> struct Wgmma;
                          : D_##N##_COLS("+f")                                                      \
                          : "l"(a), "l"(b), "n"(A), "n"(B));                                        \
         }                                                                                          \
-        /* Likewise, and D += A B; A in registers, the sum over rows of B. */                      \
+        /* Likewise, D = A B, and D += A B; A in registers. */                                     \
+        template <int B = OVER_ROWS>                                                               \
         static __device__ __forceinline__ void                                                     \
         multiply_over(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {        \
             asm volatile("{.reg .pred p; .reg .b32 y; mov.b32 y, %%nctaid.y;\n"                    \
                          "setp.eq.b32 p, y, 0;\n"                                                  \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
-                         "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4 ", p, 1, 1, 1;}"   \
+                         "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4                    \
+                         ", p, 1, 1, %" #in5 ";}"                                                  \
                          : D_##N##_COLS("+f")                                                      \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B));            \
         }                                                                                          \
+        template <int B = OVER_ROWS>                                                               \
+        static __device__ __forceinline__ void                                                     \
+        multiply(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {             \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0;\n"                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
+                         "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4                    \
+                         ", p, 1, 1, %" #in5 ";}"                                                  \
+                         : D_##N##_COLS("=f")                                                      \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B));            \
+        }                                                                                          \
+        template <int B = OVER_ROWS>                                                               \
         static __device__ __forceinline__ void                                                     \
         multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {         \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16." WGMMA_TYPES " {" NAMES_##N  \
-                         "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4 ", 1, 1, 1, 1;"    \
+                         "}, {%" #in0 ",%" #in1 ",%" #in2 ",%" #in3 "}, %" #in4                    \
+                         ", 1, 1, 1, %" #in5 ";"                                                   \
                          : D_##N##_COLS("+f")                                                      \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B));            \
         }                                                                                          \
     };
-DEFINE_WGMMA(16, 8, 9, 10, 11, 12)
-DEFINE_WGMMA(32, 16, 17, 18, 19, 20)
-DEFINE_WGMMA(48, 24, 25, 26, 27, 28)
-DEFINE_WGMMA(64, 32, 33, 34, 35, 36)
-DEFINE_WGMMA(80, 40, 41, 42, 43, 44)
-DEFINE_WGMMA(96, 48, 49, 50, 51, 52)
-DEFINE_WGMMA(112, 56, 57, 58, 59, 60)
-DEFINE_WGMMA(128, 64, 65, 66, 67, 68)
-DEFINE_WGMMA(144, 72, 73, 74, 75, 76)
-DEFINE_WGMMA(160, 80, 81, 82, 83, 84)
-DEFINE_WGMMA(176, 88, 89, 90, 91, 92)
-DEFINE_WGMMA(192, 96, 97, 98, 99, 100)
-DEFINE_WGMMA(208, 104, 105, 106, 107, 108)
-DEFINE_WGMMA(224, 112, 113, 114, 115, 116)
-DEFINE_WGMMA(240, 120, 121, 122, 123, 124)
-DEFINE_WGMMA(256, 128, 129, 130, 131, 132)
+DEFINE_WGMMA(16, 8, 9, 10, 11, 12, 13)
+DEFINE_WGMMA(32, 16, 17, 18, 19, 20, 21)
+DEFINE_WGMMA(48, 24, 25, 26, 27, 28, 29)
+DEFINE_WGMMA(64, 32, 33, 34, 35, 36, 37)
+DEFINE_WGMMA(80, 40, 41, 42, 43, 44, 45)
+DEFINE_WGMMA(96, 48, 49, 50, 51, 52, 53)
+DEFINE_WGMMA(112, 56, 57, 58, 59, 60, 61)
+DEFINE_WGMMA(128, 64, 65, 66, 67, 68, 69)
+DEFINE_WGMMA(144, 72, 73, 74, 75, 76, 77)
+DEFINE_WGMMA(160, 80, 81, 82, 83, 84, 85)
+DEFINE_WGMMA(176, 88, 89, 90, 91, 92, 93)
+DEFINE_WGMMA(192, 96, 97, 98, 99, 100, 101)
+DEFINE_WGMMA(208, 104, 105, 106, 107, 108, 109)
+DEFINE_WGMMA(224, 112, 113, 114, 115, 116, 117)
+DEFINE_WGMMA(240, 120, 121, 122, 123, 124, 125)
+DEFINE_WGMMA(256, 128, 129, 130, 131, 132, 133)
 #undef DEFINE_WGMMA

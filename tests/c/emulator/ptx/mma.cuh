@@ -22,3 +22,10 @@ static inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 static inline void ldmatrix_x4_trans(unsigned (&r)[4], unsigned address) {
     emu_ldmatrix(r, address, 1);
 }
+
+static inline unsigned movmatrix_trans(unsigned two) {
+    const unsigned lane = threadIdx.x % 32, from = lane % 4 * 8 + lane / 8;
+    const unsigned shift = lane / 4 % 2 * 16;
+    const unsigned low = __shfl_sync(~0u, two, from) >> shift & 0xffff;
+    return low | (__shfl_sync(~0u, two, from + 4) >> shift & 0xffff) << 16;
+}

@@ -39,12 +39,19 @@ template <int N> struct Wgmma {
         emu_wgmma(EMU_TYPE, d[0], N, NULL, a, b,
                   EMU_ACCUMULATE | (A ? EMU_A_MN : 0) | (B ? EMU_B_MN : 0));
     }
+    template <int B = OVER_ROWS>
+    static inline void multiply(float (&d)[N / 8][4], const unsigned (&a)[4],
+                                unsigned long long b) {
+        emu_wgmma(EMU_TYPE, d[0], N, a, 0, b, B ? EMU_B_MN : 0);
+    }
+    template <int B = OVER_ROWS>
     static inline void multiply_over(float (&d)[N / 8][4], const unsigned (&a)[4],
                                      unsigned long long b) {
-        emu_wgmma(EMU_TYPE, d[0], N, a, 0, b, EMU_B_MN);
+        multiply<B>(d, a, b);
     }
+    template <int B = OVER_ROWS>
     static inline void multiply_add(float (&d)[N / 8][4], const unsigned (&a)[4],
                                     unsigned long long b) {
-        emu_wgmma(EMU_TYPE, d[0], N, a, 0, b, EMU_ACCUMULATE | EMU_B_MN);
+        emu_wgmma(EMU_TYPE, d[0], N, a, 0, b, EMU_ACCUMULATE | (B ? EMU_B_MN : 0));
     }
 };
