@@ -112,6 +112,11 @@ int fa_cuda_has_window(const struct fa_params *p);
 /* Whether every row of every tensor but the mask starts at a multiple of 16 bytes. */
 int fa_cuda_is_aligned(const struct fa_params *p);
 
+/* fa_kernel_params.group_heads: under a window as many as have keys and values that fit into the L2
+ * cache together, in groups of one size: a small one at the end would have no short pieces of work
+ * to go with its long ones. */
+int fa_cuda_group_heads(const struct fa_params *p);
+
 /* A variant's file in csrc/cuda/kernels, its function there, and its macros as options of the
  * compiler, one after the other, each ending in a NUL, with an empty one last. */
 const char *fa_cuda_file(const struct fa_cuda_variant *v);
@@ -136,9 +141,6 @@ enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cu
 
 /* Of the workspace of a forward, for fa_kernel_params.counter. */
 size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch);
-
-/* fa_kernel_params.group_heads */
-int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v);
 
 /* --- forward_f32_sm90.c: likewise, of float32 --- */
 

@@ -108,13 +108,6 @@ void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) 
     step->shared_bytes = (unsigned)shared_bytes(v);
 }
 
-/* Heads whose keys and values fit into the L2 cache together, with room for what passes by. */
-int fa_cuda_group_heads(const struct fa_params *p, const struct fa_cuda_variant *v) {
-    const int64_t bytes = p->seq_k * (p->head_dim + p->head_dim_v) * 2, cache = 32 << 20;
-    const int64_t heads = v->window ? cache / bytes * (p->heads_q / p->heads_k) : 1;
-    return (int)(heads < 1 ? 1 : heads < p->batch * p->heads_q ? heads : p->batch * p->heads_q);
-}
-
 enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
                                    struct fa_cuda_maps *maps) {
     CUresult error =

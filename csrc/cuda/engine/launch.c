@@ -94,7 +94,6 @@ static enum fa_status launch_forward_sm90(const struct fa_params *p, const struc
     enum fa_status status = fa_cuda_encode_maps(p, &s->variant, &maps);
     if (status)
         return status;
-    k->group_heads = fa_cuda_group_heads(p, &s->variant);
     if (fa_cuda_counter_bytes(p, s->variant.arch)) {
         k->counter = p->workspace;
         k->launch = launch_number();
@@ -119,6 +118,7 @@ static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_ste
         if (status)
             return status;
         k->blocks = s->blocks;
+        k->group_heads = fa_cuda_group_heads(p);
         const int blocks = s->blocks * s->heads * k->batch;
         switch (s->variant.kernel) {
         case FA_CUDA_FORWARD_SM90:

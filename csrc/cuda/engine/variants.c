@@ -321,6 +321,16 @@ int fa_cuda_is_aligned(const struct fa_params *p) {
     return 1;
 }
 
+int fa_cuda_group_heads(const struct fa_params *p) {
+    if (!fa_cuda_has_window(p))
+        return 1;
+    const int64_t cache = 32 << 20; /* with room for what passes by */
+    const int64_t head = p->seq_k * (p->head_dim + p->head_dim_v) * element_bytes(p->dtype);
+    const int64_t heads = p->batch * p->heads_k, fit = head < cache && head ? cache / head : 1;
+    const int64_t groups = div_up(heads, fit);
+    return (int)(groups ? div_up(heads, groups) * (p->heads_q / p->heads_k) : 1);
+}
+
 static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch, int sm_count) {
     const struct tile *t = find_tile(kernel, p, arch, sm_count);
     struct fa_cuda_step s = {

@@ -14,6 +14,7 @@
 #include "accumulators.cuh"
 #include "finish_scores.cuh"
 #include "operand.cuh"
+#include "query_order.cuh"
 #include "scores.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"
@@ -136,12 +137,11 @@ static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OU
 extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     fa_forward(const __grid_constant__ fa_kernel_params p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    /* Under a causal mask the last queries have the most keys: they start first. */
-    const int tile = p.blocks - 1 - (int)(blockIdx.x % p.blocks);
-    const int h = blockIdx.x / p.blocks % p.heads_q, b = blockIdx.x / p.blocks / p.heads_q;
+    const QueryBlock block = query_block(p, blockIdx.x);
+    const int h = block.head % p.heads_q, b = block.head / p.heads_q;
     const int hk =
         p.heads_q == p.heads_k ? h : h / (p.heads_q / p.heads_k); /* divisions take time */
-    const int first_query = tile * BLOCK_M, warp_row = warp * 16 * WARP_TILES;
+    const int first_query = block.row, warp_row = warp * 16 * WARP_TILES;
 
     const QTile Q{shared_address(shared_memory)};
     const unsigned stages = Q.address + QTile::BYTES;

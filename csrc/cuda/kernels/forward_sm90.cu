@@ -20,6 +20,7 @@
 #include "ptx/mma.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
+#include "query_order.cuh"
 #include "ring.cuh"
 #include "scores.cuh"
 
@@ -79,15 +80,9 @@ struct Work {
     __device__ __forceinline__ int h(const fa_kernel_params &p) const { return head % p.heads_q; }
 };
 
-/* Work is laid out in groups of p.group_heads heads, whose keys and values stay in the L2 cache
- * while all their queries are worked on, the last queries first: under a causal mask they have the
- * most keys. */
 static __device__ __forceinline__ Work work_of(const fa_kernel_params &p, int piece) {
-    const int group = piece / (p.group_heads * p.blocks) * p.group_heads;
-    const int group_heads = min(p.group_heads, p.batch * p.heads_q - group);
-    const int in_group = piece - group * p.blocks;
-    const int row = (p.blocks - 1 - in_group / group_heads) * BLOCK_M;
-    return {group + in_group % group_heads, row, visible_tiles(p, row, BLOCK_M)};
+    const QueryBlock block = query_block(p, piece);
+    return {block.head, block.row, visible_tiles(p, block.row, BLOCK_M)};
 }
 
 /* What one thread posts for all warps of the block: the pieces to work on. */

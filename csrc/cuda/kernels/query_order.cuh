@@ -1,0 +1,19 @@
+/* The order in which a forward works on the tiles of queries of all heads. */
+#pragma once
+
+#include "params.h"
+
+struct QueryBlock {
+    int head; /* counted through the batch */
+    int row;  /* the first query */
+};
+
+/* Work is laid out in groups of p.group_heads heads, whose keys and values stay in the L2 cache
+ * while all their queries are worked on, the last queries first: under a causal mask they have the
+ * most keys, and at the end of a launch short pieces of work are left to even it out. */
+static __device__ __forceinline__ QueryBlock query_block(const fa_kernel_params &p, int piece) {
+    const int group = piece / (p.group_heads * p.blocks) * p.group_heads;
+    const int group_heads = min(p.group_heads, p.batch * p.heads_q - group);
+    const int in_group = piece - group * p.blocks;
+    return {group + in_group % group_heads, (p.blocks - 1 - in_group / group_heads) * BLOCK_M};
+}
