@@ -82,7 +82,7 @@ struct Work {
 
 static __device__ __forceinline__ Work work_of(const fa_kernel_params &p, int piece) {
     const QueryBlock block = query_block(p, piece);
-    return {block.head, block.row, visible_tiles(p, block.row, BLOCK_M)};
+    return {(int)block.head, block.row, visible_tiles(p, block.row, BLOCK_M)};
 }
 
 /* What one thread posts for all warps of the block: the pieces to work on. */
