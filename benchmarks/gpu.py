@@ -167,16 +167,21 @@ def timed(cell: dict, direction: str, peers: dict, options: argparse.Namespace, 
 
 
 def host(options: argparse.Namespace) -> list[dict]:
-    """Microseconds until a call on 1 x 2 x 16 x 64 returns; the GPU may still be at work."""
+    """Microseconds until a call on 1 x 2 x 16 x 64 returns; the GPU may still be at work.
+
+    addcmul, with three leaves, stands for what PyTorch takes by itself. Its autograd engine hands
+    the backward of a GPU to a thread of its own, unless told to stay on the one that calls."""
     q, k, v, grad_out = (
         torch.randn(1, 2, 16, 64, dtype=torch.float16, device=options.device) for _ in range(4)
     )
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     functions = {"ours": flash_attn_ext.scaled_dot_product_attention}
     functions |= dict.fromkeys(BACKENDS, F.scaled_dot_product_attention)
+    functions["addcmul"] = torch.addcmul
 
-    def microseconds(name: str, call: Callable, calls: int = 100) -> float:
-        with within(name):  # entering it is not part of a call
+    def microseconds(name: str, call: Callable, threads: bool, calls: int = 100) -> float:
+        # entering these is not part of a call
+        with within(name), torch.autograd.set_multithreading_enabled(threads):
             if options.device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -185,24 +190,24 @@ def host(options: argparse.Namespace) -> list[dict]:
             return (time.perf_counter() - start) / calls * 1e6
 
     results = []
-    for direction in ("forward without gradients", "forward", "both"):
-        calls = {}
+    for direction in ("forward without gradients", "forward", "both", "both on one thread"):
+        calls, threads = {}, direction != "both on one thread"
         for name, attention in functions.items():
-            if direction == "both":
+            if "both" in direction:
 
                 def call(attention=attention):
                     torch.autograd.grad(attention(*leaves), leaves, grad_out)
             else:
                 call = partial(attention, *((q, k, v) if "without" in direction else leaves))
             try:
-                microseconds(name, call, 3)
+                microseconds(name, call, threads, 3)
             except RuntimeError:
                 continue
             calls[name] = call
         samples = {name: [] for name in calls}
         for _ in range(30):
             for name, call in calls.items():
-                samples[name].append(microseconds(name, call))
+                samples[name].append(microseconds(name, call, threads))
         for name, mine in samples.items():
             results.append({"direction": direction, "peer": name} | Samples(mine).summary)
             print(f"host {direction:26} {name:9} {Samples(mine).median:8.1f} us")

@@ -333,7 +333,8 @@ def gpu_features(record: dict) -> str:
     return (
         "TFLOP/s of ours, and how many times as fast as each of SDPA's backends:\n\n"
         f"{tabulate(others, headers, 'github', disable_numparse=True)}\n\n"
-        "Microseconds that the host is busy with a tiny call (1 x 2 x 16 x 64):\n\n"
+        "Microseconds that the host is busy with a tiny call (1 x 2 x 16 x 64), and with addcmul,\n"
+        "for what PyTorch takes by itself. One thread: autograd hands no backward to another.\n\n"
         f"{tabulate(host, ['', *directions], 'github', disable_numparse=True)}\n\n"
         f"{origin(record)}."
     )

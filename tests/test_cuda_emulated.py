@@ -8,7 +8,7 @@ import ctypes
 import pytest
 import sanitize
 import torch
-from emulator import emulated, launch, library, tensor_maps
+from emulator import KernelParams, emulated, launch, library, tensor_maps
 from helpers import (
     EPS,
     assert_accurate,
@@ -347,6 +347,32 @@ def test_wgmma(a_over_rows, b_over_rows, matrices, seed):
     expected = (a.mT if a_over_rows else a) @ (b if b_over_rows else b.mT)
     run_body(LOAD + WAIT + body + RESULTS + STORE % "tma_store_wait_read();", x, y, seed=seed)
     torch.testing.assert_close(y[0, 0].float(), expected, rtol=2**-8, atol=1e-4)
+
+
+ORDER = """
+#include "block_order.cuh"
+
+extern "C" __global__ void fa_order(const __grid_constant__ fa_kernel_params p) {
+    const OrderedBlock block = ordered_block(p, p.heads_q, blockIdx.x);
+    p.lse[2 * blockIdx.x] = block.head;
+    p.lse[2 * blockIdx.x + 1] = block.index;
+}
+"""
+
+
+@pytest.mark.parametrize("group_heads", [1, 4, 10, 12])  # 10: the last group is smaller
+def test_order_of_blocks(group_heads):
+    batch, heads, blocks = 4, 3, 5
+    order = torch.zeros(batch * heads * blocks, 2)
+    params = KernelParams(batch=batch, heads_q=heads, blocks=blocks, group_heads=group_heads)
+    params.lse = order.data_ptr()
+    launch(ORDER, "fa_order", params, grid=len(order), threads=32, FA_WINDOW=1)
+    groups = [range(first, min(first + group_heads, 12)) for first in range(0, 12, group_heads)]
+    assert order.tolist() == [
+        [head, index] for group in groups for index in range(blocks) for head in group
+    ]
+    launch(ORDER, "fa_order", params, grid=len(order), threads=32, FA_WINDOW=0)
+    assert order.tolist() == [[head, index] for head in range(12) for index in range(blocks)]
 
 
 def test_boxes_past_the_edge(matrices):

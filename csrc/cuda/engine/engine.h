@@ -91,6 +91,7 @@ struct fa_cuda_step {
     const char *not_sm90; /* why not its sibling for sm_90a; NULL: it is that, or has none */
     int blocks;           /* thread blocks for each head */
     int heads;            /* heads of queries, or of keys in the main kernel of the backward */
+    int group_heads;      /* of them: see kernels/block_order.cuh */
     unsigned shared_bytes;
 };
 enum { FA_CUDA_MAX_STEPS = 4 };
@@ -111,11 +112,6 @@ int fa_cuda_has_window(const struct fa_params *p);
 
 /* Whether every row of every tensor but the mask starts at a multiple of 16 bytes. */
 int fa_cuda_is_aligned(const struct fa_params *p);
-
-/* fa_kernel_params.group_heads: under a window as many as have keys and values that fit into the L2
- * cache together, in groups of one size: a small one at the end would have no short pieces of work
- * to go with its long ones. */
-int fa_cuda_group_heads(const struct fa_params *p);
 
 /* A variant's file in csrc/cuda/kernels, its function there, and its macros as options of the
  * compiler, one after the other, each ending in a NUL, with an empty one last. */

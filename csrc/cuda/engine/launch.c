@@ -118,7 +118,7 @@ static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_ste
         if (status)
             return status;
         k->blocks = s->blocks;
-        k->group_heads = fa_cuda_group_heads(p);
+        k->group_heads = s->group_heads;
         const int blocks = s->blocks * s->heads * k->batch;
         switch (s->variant.kernel) {
         case FA_CUDA_FORWARD_SM90:

@@ -321,14 +321,31 @@ int fa_cuda_is_aligned(const struct fa_params *p) {
     return 1;
 }
 
-int fa_cuda_group_heads(const struct fa_params *p) {
-    if (!fa_cuda_has_window(p))
-        return 1;
-    const int64_t cache = 32 << 20; /* with room for what passes by */
-    const int64_t head = p->seq_k * (p->head_dim + p->head_dim_v) * element_bytes(p->dtype);
-    const int64_t heads = p->batch * p->heads_k, fit = head < cache && head ? cache / head : 1;
+/* Heads of keys that fit into the L2 cache together, in groups of one size: a small one at the end
+ * would have no short blocks to go with its long ones. */
+static int group_of_heads(const struct fa_params *p, int64_t bytes_of_head) {
+    const int64_t cache = 32 << 20, heads = p->batch * p->heads_k;
+    const int64_t fit = bytes_of_head && bytes_of_head < cache ? cache / bytes_of_head : 1;
     const int64_t groups = div_up(heads, fit);
-    return (int)(groups ? div_up(heads, groups) * (p->heads_q / p->heads_k) : 1);
+    return groups ? (int)div_up(heads, groups) : 1;
+}
+
+static int heads_per_key_head(const struct fa_params *p) {
+    return p->heads_k ? (int)(p->heads_q / p->heads_k) : 1;
+}
+
+/* For blocks of queries, past which K and V go. */
+static int group_for_queries(const struct fa_params *p) {
+    const int64_t row = (p->head_dim + p->head_dim_v) * element_bytes(p->dtype);
+    return group_of_heads(p, p->seq_k * row) * heads_per_key_head(p);
+}
+
+/* For blocks of keys, past which Q and dO go: with the sum of dQ, and K, V, dK and dV. */
+static int group_for_keys(const struct fa_params *p) {
+    const int64_t row = (p->head_dim + p->head_dim_v) * element_bytes(p->dtype);
+    const int64_t rows_q = p->seq_q * heads_per_key_head(p);
+    return group_of_heads(p,
+                          rows_q * (row + p->head_dim * (int)sizeof(float)) + p->seq_k * 2 * row);
 }
 
 static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch, int sm_count) {
@@ -346,6 +363,7 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
                     .arch = (uint16_t)arch},
         .blocks = (int)div_up(p->seq_q, t->block_m),
         .heads = (int)p->heads_q,
+        .group_heads = group_for_queries(p),
         .shared_bytes = (unsigned)shared_bytes(t, p),
     };
     if (kernel != FA_CUDA_PREPARE && kernel != FA_CUDA_CONVERT) {
@@ -361,6 +379,7 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
                                                                 : !p->deterministic;
         s.blocks = (int)div_up(p->seq_k, t->block_n);
         s.heads = (int)p->heads_k;
+        s.group_heads = group_for_keys(p);
     }
     if (kernel == FA_CUDA_BACKWARD_MASK)
         s.blocks = (int)mask_grad_blocks(p, t);

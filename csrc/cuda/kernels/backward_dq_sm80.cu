@@ -4,6 +4,7 @@
  * twice.
  *
  * Compiled with the macros of forward_sm80.cu. */
+#include "block_order.cuh"
 #include "score_gradients.cuh"
 #include "workspace.cuh"
 
@@ -21,9 +22,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fa_backward_dq(const __grid_constant__ fa_kernel_params p) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int warp_row = threadIdx.x / 32 * 16;
-    /* Under a causal mask the last queries have the most keys: they start first. */
-    const int first_query = (p.blocks - 1 - (int)(blockIdx.x % p.blocks)) * BLOCK_M;
-    const int h = blockIdx.x / p.blocks % p.heads_q, b = blockIdx.x / p.blocks / p.heads_q;
+    /* Under a causal mask the last queries have the most keys. */
+    const OrderedBlock block = ordered_block(p, p.heads_q, blockIdx.x);
+    const int first_query = (p.blocks - 1 - block.index) * BLOCK_M;
+    const int h = block.head % p.heads_q, b = block.head / p.heads_q;
     const int hk = h / (p.heads_q / p.heads_k);
 
     int begin = 0, end = p.seq_k;

@@ -19,6 +19,7 @@
  * hides it). */
 #include "accumulators.cuh"
 #include "backward_mask_tile.cuh"
+#include "block_order.cuh"
 #include "operand.cuh"
 #include "ptx/mbarrier.cuh"
 #include "query_tiles.cuh"
@@ -360,9 +361,10 @@ static __device__ __forceinline__ void add_dq(const fa_kernel_params &p, const P
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fa_backward(const __grid_constant__ fa_kernel_params p) {
     const int warp = threadIdx.x / 32;
-    /* Under a causal mask the first keys have the most queries: they start first. */
-    const int first_key = blockIdx.x % p.blocks * BLOCK_N;
-    const int hk = blockIdx.x / p.blocks % p.heads_k, b = blockIdx.x / p.blocks / p.heads_k;
+    /* Under a causal mask the first keys have the most queries. */
+    const OrderedBlock block = ordered_block(p, p.heads_k, blockIdx.x);
+    const int first_key = block.index * BLOCK_N;
+    const int hk = block.head % p.heads_k, b = block.head / p.heads_k;
     const int warp_key = warp / QUERY_WARPS * WARP_KEYS;
     const int warp_query = warp % QUERY_WARPS * WARP_QUERIES;
     const DKColumns dk_columns(warp % QUERY_WARPS);
@@ -432,8 +434,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         exponentiate(P, p, stats, mask, warp_query, warp_key, b, h, query + warp_query,
                      first_key + warp_key, g, t);
         mbarrier_wait(finished, phase); /* all warps, with the tile before this one */
-        if (STAGES == 2)
-            load(1 - stage, tile);
         to_factor<true>(factor, P, p);
         put_factor(shared_P, factor, warp_key, warp_query, g, t);
         multiply_own(dV, factor, dO, warp_query, dv_columns);
@@ -443,6 +443,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         to_factor<false>(factor, dS, p);
         put_factor(shared_dS, factor, warp_key, warp_query, g, t);
         mbarrier_arrive(put);
+        if (STAGES == 2) /* only now: it is long, and others wait for what has been put */
+            load(1 - stage, tile);
         multiply_own(dK, factor, Q, warp_query, dk_columns);
         mbarrier_wait(put, phase); /* and nobody reads the mask any more */
         load_mask_of(tile);

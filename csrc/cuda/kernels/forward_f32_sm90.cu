@@ -12,6 +12,7 @@
  * FA_ALIGNED, FA_MASK (0 none, 1 bool, 3 float), FA_WINDOW, FA_DROPOUT. */
 #include "accumulators.cuh"
 #include "bf16x3.cuh"
+#include "block_order.cuh"
 #include "finish_scores.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ring.cuh"
@@ -72,11 +73,11 @@ struct Work {
     int row, h, b; /* row: the first query */
 
     __device__ __forceinline__ Work(const fa_kernel_params &p) {
-        const int block = blockIdx.x;
-        /* Under a causal mask the last queries have the most keys: they start first. */
-        row = (p.blocks - 1 - block % p.blocks) * BLOCK_M;
-        h = block / p.blocks % p.heads_q;
-        b = block / p.blocks / p.heads_q;
+        const OrderedBlock block = ordered_block(p, p.heads_q, blockIdx.x);
+        /* Under a causal mask the last queries have the most keys. */
+        row = (p.blocks - 1 - block.index) * BLOCK_M;
+        h = block.head % p.heads_q;
+        b = block.head / p.heads_q;
     }
 };
 

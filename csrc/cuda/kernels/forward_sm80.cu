@@ -12,9 +12,9 @@
  * passes by are in shared memory), FA_ALIGNED, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float),
  * FA_WINDOW, FA_DROPOUT. */
 #include "accumulators.cuh"
+#include "block_order.cuh"
 #include "finish_scores.cuh"
 #include "operand.cuh"
-#include "query_order.cuh"
 #include "scores.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"
@@ -137,11 +137,13 @@ static __device__ __forceinline__ void multiply_values(float (&O)[WARP_TILES][OU
 extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     fa_forward(const __grid_constant__ fa_kernel_params p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const QueryBlock block = query_block(p, blockIdx.x);
-    const int h = block.head % p.heads_q, b = block.head / p.heads_q;
-    const int hk =
+    /* Under a causal mask the last queries have the most keys. */
+    const OrderedBlock block = ordered_block(p, p.heads_q, blockIdx.x);
+    const unsigned h = block.head % p.heads_q, b = block.head / p.heads_q;
+    const unsigned hk =
         p.heads_q == p.heads_k ? h : h / (p.heads_q / p.heads_k); /* divisions take time */
-    const int first_query = block.row, warp_row = warp * 16 * WARP_TILES;
+    const int first_query = (p.blocks - 1 - block.index) * BLOCK_M,
+              warp_row = warp * 16 * WARP_TILES;
 
     const QTile Q{shared_address(shared_memory)};
     const unsigned stages = Q.address + QTile::BYTES;
@@ -163,19 +165,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     const int last = end > begin ? (end - 1) / BLOCK_N * BLOCK_N : begin - BLOCK_N;
 
     Q.load(row_of(p.q, b, h, first_query), p.q.stride_row, p.seq_q - first_query);
-    if (last >= begin) {
+    if (last >= begin)
         load_K(0, last);
-        if (STAGES == 2)
-            load_V(0, last);
-    }
+    cp_async_commit();
+    if (last >= begin)
+        load_V(0, last);
     cp_async_commit();
 
     float O[WARP_TILES][OUT_TILES][4] = {};
     Softmax softmax[WARP_TILES];
     Operand kept[KEEP_Q ? DEPTH_STEPS : 1][WARP_TILES];
+    cp_async_wait<STAGES == 1>(); /* of one stage, for Q and K alone */
+    __syncthreads();
     if (KEEP_Q) {
-        cp_async_wait<0>();
-        __syncthreads();
 #pragma unroll
         for (int step = 0; step < DEPTH_STEPS; step++)
             load_queries(kept[step], Q, warp_row, step);
@@ -185,15 +187,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     for (int key = last, stage = 0; key >= begin; key -= BLOCK_N, stage ^= STAGES - 1) {
         const KTile K{stages + stage * STAGE_BYTES};
         const VTile V{K.address + KTile::BYTES};
-        cp_async_wait<0>();
-        __syncthreads(); /* K is there, and nobody reads the previous V any more */
-        if (STAGES == 1) {
-            load_V(0, key);
-        } else if (key > begin) {
+        if (STAGES == 2 && key > begin) {
             load_K(1 - stage, key - BLOCK_N);
             load_V(1 - stage, key - BLOCK_N);
+            cp_async_commit();
         }
-        cp_async_commit();
 
         const int i = first_query + warp_row;
         const bool seen = !is_hidden(p, i, 16 * WARP_TILES, key, BLOCK_N);
@@ -207,20 +205,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
                 load_K(0, key - BLOCK_N);
             cp_async_commit();
         }
-        if (!seen)
-            continue;
-
-        const bool cut = is_cut(p, i, 16 * WARP_TILES, key, BLOCK_N);
-        unsigned P[WARP_TILES][KEY_STEPS][WORDS];
+        if (seen) {
+            const bool cut = is_cut(p, i, 16 * WARP_TILES, key, BLOCK_N);
+            unsigned P[WARP_TILES][KEY_STEPS][WORDS];
 #pragma unroll
-        for (int w = 0; w < WARP_TILES; w++) {
-            const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);
-            softmax[w](P[w], S[w], c, O[w]);
+            for (int w = 0; w < WARP_TILES; w++) {
+                const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);
+                softmax[w](P[w], S[w], c, O[w]);
+            }
+            multiply_values(O, P, V, dropout, i, key);
         }
-        multiply_values(O, P, V, dropout, i, key);
+        cp_async_wait<0>();
+        __syncthreads(); /* the next K is there, and nobody reads V any more */
+        if (STAGES == 1 && key > begin)
+            load_V(0, key - BLOCK_N);
+        cp_async_commit();
     }
-    cp_async_wait<0>();
-    __syncthreads();
 
     const OTile out{Q.address};
 #pragma unroll

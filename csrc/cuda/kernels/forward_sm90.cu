@@ -13,6 +13,7 @@
  * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_MASK_TILES,
  * FA_WINDOW, FA_DROPOUT. */
 #include "accumulators.cuh"
+#include "block_order.cuh"
 #include "dispenser.cuh"
 #include "mask_tile.cuh"
 #include "panels.cuh"
@@ -20,7 +21,6 @@
 #include "ptx/mma.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
-#include "query_order.cuh"
 #include "ring.cuh"
 #include "scores.cuh"
 
@@ -81,8 +81,10 @@ struct Work {
 };
 
 static __device__ __forceinline__ Work work_of(const fa_kernel_params &p, int piece) {
-    const QueryBlock block = query_block(p, piece);
-    return {(int)block.head, block.row, visible_tiles(p, block.row, BLOCK_M)};
+    /* Under a causal mask the last queries have the most keys. */
+    const OrderedBlock block = ordered_block(p, p.heads_q, piece);
+    const int row = (p.blocks - 1 - block.index) * BLOCK_M;
+    return {(int)block.head, row, visible_tiles(p, row, BLOCK_M)};
 }
 
 /* What one thread posts for all warps of the block: the pieces to work on. */

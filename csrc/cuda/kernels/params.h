@@ -25,7 +25,7 @@ struct fa_kernel_params {
     int batch, heads_q, heads_k;
     int seq_q, seq_k;
     int blocks;      /* of queries (forward) or of keys (backward) for one head */
-    int group_heads; /* of query_order.cuh: heads that are worked on together */
+    int group_heads; /* of block_order.cuh: heads that are worked on together */
 
     struct fa_kernel_counter *counter; /* of dispenser.cuh; NULL: work is dealt out in turns */
     unsigned long long launch;         /* an even number that no other launch has */
