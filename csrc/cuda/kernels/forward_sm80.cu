@@ -139,9 +139,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     /* Under a causal mask the last queries have the most keys. */
     const OrderedBlock block = ordered_block(p, p.heads_q, blockIdx.x);
-    const unsigned h = block.head % p.heads_q, b = block.head / p.heads_q;
-    const unsigned hk =
-        p.heads_q == p.heads_k ? h : h / (p.heads_q / p.heads_k); /* divisions take time */
+    const int h = block.head % p.heads_q, b = block.head / p.heads_q;
+    const int hk = /* divisions take time, and with signs more registers */
+        p.heads_q == p.heads_k ? h : (unsigned)h / ((unsigned)p.heads_q / p.heads_k);
     const int first_query = (p.blocks - 1 - block.index) * BLOCK_M,
               warp_row = warp * 16 * WARP_TILES;
 
