@@ -165,19 +165,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     const int last = end > begin ? (end - 1) / BLOCK_N * BLOCK_N : begin - BLOCK_N;
 
     Q.load(row_of(p.q, b, h, first_query), p.q.stride_row, p.seq_q - first_query);
-    if (last >= begin)
+    if (last >= begin) {
         load_K(0, last);
-    cp_async_commit();
-    if (last >= begin)
-        load_V(0, last);
+        if (STAGES == 2)
+            load_V(0, last);
+    }
     cp_async_commit();
 
     float O[WARP_TILES][OUT_TILES][4] = {};
     Softmax softmax[WARP_TILES];
     Operand kept[KEEP_Q ? DEPTH_STEPS : 1][WARP_TILES];
-    cp_async_wait<STAGES == 1>(); /* of one stage, for Q and K alone */
-    __syncthreads();
     if (KEEP_Q) {
+        cp_async_wait<0>();
+        __syncthreads();
 #pragma unroll
         for (int step = 0; step < DEPTH_STEPS; step++)
             load_queries(kept[step], Q, warp_row, step);
@@ -187,11 +187,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     for (int key = last, stage = 0; key >= begin; key -= BLOCK_N, stage ^= STAGES - 1) {
         const KTile K{stages + stage * STAGE_BYTES};
         const VTile V{K.address + KTile::BYTES};
-        if (STAGES == 2 && key > begin) {
+        cp_async_wait<0>();
+        __syncthreads(); /* K is there, and nobody reads the previous V any more */
+        if (STAGES == 1) {
+            load_V(0, key);
+        } else if (key > begin) {
             load_K(1 - stage, key - BLOCK_N);
             load_V(1 - stage, key - BLOCK_N);
-            cp_async_commit();
         }
+        cp_async_commit();
 
         const int i = first_query + warp_row;
         const bool seen = !is_hidden(p, i, 16 * WARP_TILES, key, BLOCK_N);
@@ -205,22 +209,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
                 load_K(0, key - BLOCK_N);
             cp_async_commit();
         }
-        if (seen) {
-            const bool cut = is_cut(p, i, 16 * WARP_TILES, key, BLOCK_N);
-            unsigned P[WARP_TILES][KEY_STEPS][WORDS];
+        if (!seen)
+            continue;
+
+        const bool cut = is_cut(p, i, 16 * WARP_TILES, key, BLOCK_N);
+        unsigned P[WARP_TILES][KEY_STEPS][WORDS];
 #pragma unroll
-            for (int w = 0; w < WARP_TILES; w++) {
-                const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);
-                softmax[w](P[w], S[w], c, O[w]);
-            }
-            multiply_values(O, P, V, dropout, i, key);
+        for (int w = 0; w < WARP_TILES; w++) {
+            const float c = finish_scores(S[w], p, b, h, i + 16 * w, key, cut);
+            softmax[w](P[w], S[w], c, O[w]);
         }
-        cp_async_wait<0>();
-        __syncthreads(); /* the next K is there, and nobody reads V any more */
-        if (STAGES == 1 && key > begin)
-            load_V(0, key - BLOCK_N);
-        cp_async_commit();
+        multiply_values(O, P, V, dropout, i, key);
     }
+    cp_async_wait<0>();
+    __syncthreads();
 
     const OTile out{Q.address};
 #pragma unroll
