@@ -205,6 +205,7 @@ def test_every_kernel_was_run():
 
 KERNEL = """
 #include "panels.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/order.cuh"
 #include "ptx/stmatrix.cuh"
@@ -213,7 +214,7 @@ KERNEL = """
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 struct Maps { tensor_map x, y; };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(THREADS, 1)
     fa_test(const __grid_constant__ Maps maps, float *result) {
     const unsigned shared = shared_address(shared_memory);
     mbarrier *full = (mbarrier *)(shared_memory + SHARED - 16);
@@ -228,19 +229,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 SHARED = 48 << 10
 
 
-def run_body(body: str, x: torch.Tensor, y: torch.Tensor, *, threads=128, seed=0) -> torch.Tensor:
-    """The body of a kernel with tensor maps of x and y, [1, 1, 64, 64], and a result for each
-    thread."""
-    result = torch.zeros(threads)
+def run_body(
+    body: str, x: torch.Tensor, y: torch.Tensor, *, blocks=1, threads=128, seed=0
+) -> torch.Tensor:
+    """The body of a kernel of one cluster with tensor maps of x and y, [1, 1, 64, 64], and a result
+    for each thread."""
+    result = torch.zeros(blocks * threads)
     launch(
         KERNEL.replace("BODY", body),
         "fa_test",
         tensor_maps((x, 64, 64), (y, 64, 64)),
         ctypes.c_void_p(result.data_ptr()),
-        grid=1,
+        grid=blocks,
         threads=threads,
         shared_bytes=SHARED,
         seed=seed,
+        BLOCKS=blocks,
         SHARED=SHARED,
         FA_DTYPE_FP32=0,
         FA_DTYPE_BF16=1,
@@ -302,6 +306,42 @@ MISTAKES = {
 def test_mistakes_are_reported(message, matrices, seed):
     with pytest.raises(RuntimeError, match=message):
         run_body(MISTAKES[message], *matrices)
+
+
+SEND = """
+    const int other = 1 - blockIdx.x;
+    store_shared_1(shared + 4 * t, __float_as_uint(128 * blockIdx.x + t));
+    %s
+    cluster_sync();
+    if (t == 0) {
+        mbarrier_arrive_expect_in_block(full, 512, other);
+        bulk_send(shared + 1024, shared, 512, full, other);
+    }
+"""
+FENCED_SEND = SEND % "fence_proxy_async();"
+
+MISTAKES_OF_CLUSTERS = {
+    "wait for all threads of the cluster": "if (blockIdx.x == 0) cluster_sync();"
+    + "else mbarrier_wait(full, 0);",
+    "there is no block 2": "mbarrier_arrive_in_block(full, 2);",
+    "block 1 of the cluster has ended": FENCED_SEND + "if (blockIdx.x == 0)" + WAIT,
+    "was to send": FENCED_SEND + "shared_memory[4 * t] = 1; __syncthreads();" + WAIT,
+    "not come to a fence.proxy.async": SEND % "",
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES_OF_CLUSTERS)
+def test_mistakes_of_clusters_are_reported(message, matrices):
+    with pytest.raises(RuntimeError, match=message):
+        run_body(MISTAKES_OF_CLUSTERS[message], *matrices, blocks=2)
+
+
+def test_blocks_of_a_cluster_send(matrices, seed):
+    look = "result[128 * blockIdx.x + t] = __uint_as_float(load_shared_1(shared + 1024 + 4 * t));"
+    received = run_body(
+        FENCED_SEND + WAIT + look + "cluster_sync();", *matrices, blocks=2, seed=seed
+    )
+    assert torch.equal(received, torch.arange(256.0).roll(128))
 
 
 def test_what_has_not_arrived_is_nan(matrices):

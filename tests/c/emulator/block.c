@@ -1,6 +1,7 @@
-/* Blocks run one after the other. The threads of a block are fibers: one runs until it has to wait
- * for others, and hands over to one that can go on. Where there is none, and nothing is under way
- * that could wake one, the kernel hangs, and all threads are asked where they are. */
+/* Blocks run one after the other, those of a cluster together. Their threads are fibers: one runs
+ * until it has to wait for others, and hands over to one that can go on. Where there is none, and
+ * nothing is under way that could wake one, the kernel hangs, and all threads are asked where they
+ * are. */
 #define _GNU_SOURCE /* dladdr, ucontext */
 #include "inside.h"
 
@@ -37,18 +38,20 @@ static struct warp {
 
 struct emu_index emu_thread, emu_block, emu_block_size, emu_grid_size;
 int emu_warps;
+unsigned emu_self, emu_rank;
 
 static struct fiber *ready[MAX_THREADS]; /* a ring */
 static unsigned ready_first, ready_count;
 static unsigned spins; /* times that somebody looked in vain, since something happened */
 static jmp_buf launcher;
-static const struct emu_kernel *kernel;
+static const struct emu_kernel *const *kernels; /* of each block of a cluster */
+static unsigned cluster_threads;
 static void **parameters;
 static char report[REPORT];
 static uint64_t random_state;
 
 static struct fiber *current(void) {
-    return &fibers[emu_thread.x];
+    return &fibers[emu_self];
 }
 
 /* --- the order of threads --- */
@@ -80,12 +83,19 @@ static struct fiber *take_ready(void) {
 
 static void report_hang(void);
 
+static void become(unsigned self) {
+    emu_self = self;
+    emu_rank = self / emu_block_size.x;
+    emu_thread.x = self % emu_block_size.x;
+    emu_block.x = emu_block.x / kernels[0]->cluster * kernels[0]->cluster + emu_rank;
+}
+
 static _Noreturn void run_next(void) {
     if (emu_random(16) == 15)
         emu_shared_happen();
     while (ready_count == 0) {
         int ended = 1;
-        for (unsigned n = 0; n < emu_block_size.x; n++)
+        for (unsigned n = 0; n < cluster_threads; n++)
             ended &= fibers[n].state == ENDED;
         if (ended)
             _longjmp(launcher, 1);
@@ -95,7 +105,7 @@ static _Noreturn void run_next(void) {
         }
     }
     struct fiber *f = take_ready();
-    emu_thread.x = (unsigned)(f - fibers);
+    become((unsigned)(f - fibers));
     if (f->state == NEW) {
         f->state = READY;
         setcontext(&f->start);
@@ -119,13 +129,13 @@ void emu_wait_for(const void *what, const char *text, unsigned a, unsigned b) {
 
 void emu_wake(const void *what) {
     spins = 0;
-    for (unsigned n = 0; n < emu_block_size.x; n++)
+    for (unsigned n = 0; n < cluster_threads; n++)
         if (fibers[n].state == WAITING && fibers[n].waits_for == what)
             make_ready(&fibers[n]);
 }
 
 void emu_yield(void) {
-    if (spins++ > 100 * emu_block_size.x && !emu_shared_happen())
+    if (spins++ > 100 * cluster_threads && !emu_shared_happen())
         emu_fail("waits for something in global memory that nobody will write");
     make_ready(current());
     switch_away();
@@ -234,7 +244,7 @@ static void append(const char *format, ...) {
 static int trace(const struct fiber *f, void **frame, void *addresses[DEPTH]) {
     Dl_info info, own;
     int depth = 0;
-    if (!dladdr((void *)kernel->call, &own))
+    if (!dladdr((void *)kernels[(f - fibers) / emu_block_size.x]->call, &own))
         return 0;
     while ((char *)frame >= f->stack && (char *)frame < f->stack + STACK && depth < DEPTH) {
         if (dladdr(frame[1], &info) && info.dli_fbase == own.dli_fbase)
@@ -248,7 +258,7 @@ static int trace(const struct fiber *f, void **frame, void *addresses[DEPTH]) {
 static void append_place(void *const addresses[DEPTH], int depth) {
     Dl_info own;
     char command[4096];
-    if (!dladdr((void *)kernel->call, &own))
+    if (!dladdr((void *)kernels[0]->call, &own)) /* the others are the same */
         return;
     int length = snprintf(command, sizeof command, "addr2line -sfipCe %s", own.dli_fname);
     for (int n = 0; n < depth; n++) /* of the call, not of what comes after it */
@@ -270,8 +280,8 @@ static void append_place(void *const addresses[DEPTH], int depth) {
 
 void emu_fail(const char *format, ...) {
     *report = 0;
-    append("block %u, thread %u (warp %u, lane %u): ", emu_block.x, emu_thread.x, emu_warp(),
-           emu_thread.x % LANES);
+    append("block %u, thread %u (warp %u, lane %u): ", emu_block.x, emu_thread.x,
+           emu_thread.x / LANES, emu_thread.x % LANES);
     const size_t length = strlen(report);
     va_list arguments;
     va_start(arguments, format);
@@ -289,13 +299,13 @@ static void report_hang(void) {
     int depth_before = 0;
     char text_before[256] = "", text[256];
     unsigned first = 0;
-    for (unsigned n = 0; n <= emu_block_size.x; n++) {
+    for (unsigned n = 0; n <= cluster_threads; n++) {
         int depth = 0;
         *text = 0;
         const struct fiber *f = &fibers[n];
-        if (n < emu_block_size.x && f->state == ENDED)
+        if (n < cluster_threads && f->state == ENDED)
             snprintf(text, sizeof text, "ended");
-        else if (n < emu_block_size.x) {
+        else if (n < cluster_threads) {
             const struct warp *w = &warps[n / LANES];
             if (f->waits_for == w)
                 snprintf(text, sizeof text, "at %s, without lanes %08x of the warp", f->text,
@@ -319,7 +329,7 @@ static void report_hang(void) {
 /* --- blocks --- */
 
 static void fiber_main(void) {
-    kernel->call(parameters);
+    kernels[emu_rank]->call(parameters);
     struct warp *w = &warps[emu_warp()];
     current()->state = ENDED;
     w->alive &= ~(1u << emu_thread.x % LANES);
@@ -347,20 +357,20 @@ static void prepare_fiber(struct fiber *f) {
     make_ready(f);
 }
 
-static void run_block(unsigned block, unsigned shared_bytes) {
-    emu_block.x = block;
+static void run_cluster(unsigned first_block, unsigned shared_bytes) {
+    emu_block.x = first_block;
     memset(warps, 0, sizeof warps);
     ready_first = ready_count = 0, spins = 0;
     emu_barriers_begin();
-    emu_shared_begin(kernel, shared_bytes);
+    emu_shared_begin(kernels, shared_bytes);
     emu_tensor_cores_begin();
     for (int n = 0; n < emu_warps; n++)
         warps[n].alive = ~0u;
-    for (unsigned n = 0; n < emu_block_size.x; n++)
+    for (unsigned n = 0; n < cluster_threads; n++)
         prepare_fiber(&fibers[n]);
     if (!_setjmp(launcher))
         run_next();
-    emu_thread.x = 0;
+    become(0);
     if (!*report && !_setjmp(launcher)) {
         emu_shared_end();
         emu_tensor_cores_end();
@@ -372,12 +382,16 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     emu_fail("touches memory at %p, where there is none", info->si_addr);
 }
 
-const char *emu_run(const struct emu_kernel *kernel_, void **parameters_, unsigned blocks,
-                    unsigned threads, unsigned shared_bytes) {
-    kernel = kernel_, parameters = parameters_;
+const char *emu_run(const struct emu_kernel *const kernels_[MAX_CLUSTER], void **parameters_,
+                    unsigned blocks, unsigned threads, unsigned shared_bytes) {
+    kernels = kernels_, parameters = parameters_;
+    const unsigned cluster = kernels[0]->cluster;
     emu_block_size = (struct emu_index){threads, 1, 1};
     emu_grid_size = (struct emu_index){blocks, 1, 1};
-    emu_warps = (int)(threads / LANES);
+    cluster_threads = cluster * threads;
+    emu_warps = (int)(cluster_threads / LANES);
+    if (cluster > MAX_CLUSTER || cluster_threads > MAX_THREADS || blocks % cluster)
+        return "these blocks are no clusters";
 
     static char signal_stack[64 << 10];
     const int signals[] = {SIGSEGV, SIGBUS};
@@ -389,8 +403,8 @@ const char *emu_run(const struct emu_kernel *kernel_, void **parameters_, unsign
     for (int n = 0; n < 2; n++)
         sigaction(signals[n], &action, &before[n]);
     *report = 0;
-    for (unsigned block = 0; block < blocks && !*report; block++)
-        run_block(block, shared_bytes);
+    for (unsigned block = 0; block < blocks && !*report; block += cluster)
+        run_cluster(block, shared_bytes);
     for (int n = 0; n < 2; n++)
         sigaction(signals[n], &before[n], NULL);
     sigaltstack(&stack_before, NULL);

@@ -15,6 +15,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 /* All shared memory of a kernel lies together; the linker says where. */
 #define __shared__ __attribute__((section("shared")))
@@ -156,13 +157,15 @@ static inline void emu_call(void (*kernel)(Parameters...), void **parameters) {
 #define EMU_SHARED_MEMORY                                                                          \
     __shared__ __align__(1024) unsigned char shared_memory[EMU_MAX_DYNAMIC];                       \
     extern "C" unsigned char __start_shared[], __stop_shared[];
-#define EMU_KERNEL(NAME)                                                                           \
+#define EMU_KERNEL(NAME, CLUSTER_BLOCKS)                                                           \
     static void NAME##_call(void **parameters) {                                                   \
         emu_call(NAME, parameters);                                                                \
     }                                                                                              \
     struct NAME##_description {                                                                    \
         void (*call)(void **);                                                                     \
         unsigned char *begin, *end, *dynamic;                                                      \
+        unsigned cluster;                                                                          \
     };                                                                                             \
     extern "C" NAME##_description NAME##_kernel;                                                   \
-    NAME##_description NAME##_kernel = {NAME##_call, __start_shared, __stop_shared, shared_memory};
+    NAME##_description NAME##_kernel = {NAME##_call, __start_shared, __stop_shared, shared_memory, \
+                                        CLUSTER_BLOCKS};

@@ -98,11 +98,18 @@ int nvrtcCreateProgram(nvrtcProgram *program, const char *source, const char *na
         return 1;
     end += snprintf(end, bytes, "%s\nEMU_SHARED_MEMORY\n", source);
     regex_t entry;
-    regmatch_t match[2];
-    regcomp(&entry, "(fa_[a-z0-9_]+)\\(const __grid_constant__", REG_EXTENDED);
-    for (const char *at = source; regexec(&entry, at, 2, match, 0) == 0; at += match[0].rm_eo)
-        end += snprintf(end, bytes - (size_t)(end - text), "EMU_KERNEL(%.*s)\n",
-                        (int)(match[1].rm_eo - match[1].rm_so), at + match[1].rm_so);
+    regmatch_t match[4]; /* 2: what is said of clusters, 3: the number of blocks */
+    regcomp(&entry,
+            "(__cluster_dims__\\(([A-Za-z0-9_]+)\\)[^;{]*)?(fa_[a-z0-9_]+)\\(const "
+            "__grid_constant__",
+            REG_EXTENDED);
+    for (const char *at = source; regexec(&entry, at, 4, match, 0) == 0; at += match[0].rm_eo) {
+        const int cluster = match[2].rm_so >= 0;
+        end += snprintf(end, bytes - (size_t)(end - text), "EMU_KERNEL(%.*s, %.*s)\n",
+                        (int)(match[3].rm_eo - match[3].rm_so), at + match[3].rm_so,
+                        cluster ? (int)(match[2].rm_eo - match[2].rm_so) : 1,
+                        cluster ? at + match[2].rm_so : "1");
+    }
     regfree(&entry);
     failed |= write_file(p->directory, name, text);
     free(text);
@@ -221,23 +228,39 @@ int cuCtxPopCurrent_v2(CUcontext *context) {
     current_context = NULL;
     return 0;
 }
+/* A library for each block of a cluster. */
+static struct library {
+    void *of_block[MAX_CLUSTER];
+} *load_library(const void *image) {
+    uint64_t bytes;
+    memcpy(&bytes, image, sizeof bytes);
+    struct library *library = calloc(1, sizeof *library);
+    for (int block = 0; library && block < MAX_CLUSTER; block++) {
+        const int file = memfd_create("kernel", 0); /* stays open, for reports to look into */
+        char path[64];
+        snprintf(path, sizeof path, "/proc/%d/fd/%d", getpid(), file);
+        if (file < 0 || write(file, (const char *)image + sizeof bytes, bytes) != (ssize_t)bytes)
+            return NULL;
+        library->of_block[block] = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        if (!library->of_block[block]) {
+            fprintf(stderr, "%s\n", dlerror());
+            return NULL;
+        }
+    }
+    return library;
+}
 int cuLibraryLoadData(CUlibrary *library, const void *image, int *jit_options, void **jit_values,
                       unsigned jit_count, int *options, void **values, unsigned count) {
     (void)jit_options, (void)jit_values, (void)jit_count, (void)options, (void)values, (void)count;
-    uint64_t bytes;
-    memcpy(&bytes, image, sizeof bytes);
-    const int file = memfd_create("kernel", 0); /* stays open, for reports to look into */
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/fd/%d", getpid(), file);
-    if (file < 0 || write(file, (const char *)image + sizeof bytes, bytes) != (ssize_t)bytes)
-        return WRONG;
-    *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!*library)
-        fprintf(stderr, "%s\n", dlerror());
+    *library = (CUlibrary)load_library(image);
     return *library ? 0 : WRONG;
 }
 int cuLibraryUnload(CUlibrary library) {
-    return dlclose(library);
+    int failed = 0;
+    for (int block = 0; block < MAX_CLUSTER; block++)
+        failed |= dlclose(((struct library *)library)->of_block[block]);
+    free(library);
+    return failed;
 }
 /* The names of all kernels that were loaded so far, each after a space. */
 static char loaded[1 << 16];
@@ -249,8 +272,11 @@ int cuLibraryGetKernel(CUkernel *kernel, CUlibrary library, const char *name) {
     snprintf(loaded + length, sizeof loaded - length, " %s", name);
     char symbol[128];
     snprintf(symbol, sizeof symbol, "%s_kernel", name);
-    *kernel = dlsym(library, symbol);
-    return *kernel ? 0 : WRONG;
+    const struct emu_kernel **of_block = calloc(MAX_CLUSTER, sizeof *of_block);
+    for (int block = 0; of_block && block < MAX_CLUSTER; block++)
+        of_block[block] = dlsym(((struct library *)library)->of_block[block], symbol);
+    *kernel = (CUkernel)of_block;
+    return of_block && of_block[0] ? 0 : WRONG;
 }
 int cuKernelGetFunction(CUfunction *function, CUkernel kernel) {
     *function = (CUfunction)kernel;
@@ -272,8 +298,8 @@ int cuLaunchKernel(CUkernel kernel, unsigned grid_x, unsigned grid_y, unsigned g
         block_x > MAX_THREADS || block_y != 1 || block_z != 1 || shared_bytes > EMU_MAX_DYNAMIC)
         return WRONG;
     pthread_mutex_lock(&mutex);
-    const char *what =
-        emu_run((const struct emu_kernel *)kernel, parameters, grid_x, block_x, shared_bytes);
+    const char *what = emu_run((const struct emu_kernel *const *)kernel, parameters, grid_x,
+                               block_x, shared_bytes);
     if (what)
         snprintf(report, sizeof report, "%s", what);
     pthread_mutex_unlock(&mutex);

@@ -45,6 +45,7 @@ void emu_yield(void); /* by one who looks again and again whether something has 
 /* --- barriers.c --- */
 
 void emu_barrier(int barrier, int threads, int wait); /* threads 0: all that have not ended */
+void emu_cluster_barrier(void);                       /* by all threads of the cluster */
 void emu_registers(int count);                        /* of a thread, from now on */
 void emu_mbarrier_init(unsigned address, unsigned arrivals);
 void emu_mbarrier_arrive(unsigned address);
@@ -52,10 +53,12 @@ void emu_mbarrier_expect(unsigned address, unsigned bytes); /* without arriving 
 /* Whether the phase has ended; if not, waits for that, or comes back early. */
 int emu_mbarrier_try_wait(unsigned address, unsigned phase);
 
-/* --- shared.c: addresses in shared memory are offsets, as in `shared_address` --- */
+/* --- shared.c: addresses in shared memory are as those of `shared_address` --- */
 
 enum { EMU_MAX_DYNAMIC = 227 << 10 }; /* bytes, of which the block gets the first */
 unsigned emu_shared_address(const void *p);
+/* The same place in a block of the cluster, for mbarriers and copies. */
+unsigned emu_address_in_block(unsigned address, unsigned block);
 void emu_load_shared(void *to, unsigned address, unsigned bytes);
 void emu_store_shared(unsigned address, const void *from, unsigned bytes);
 void emu_fence_proxy_async(void);
@@ -69,6 +72,7 @@ void emu_cp_async_wait(unsigned pending);
 /* The copy engine. Boxes of `map`, at the coordinates `at`; or bytes, at multiples of 16. */
 enum emu_bulk { EMU_STORE, EMU_ADD };
 void emu_tma_load(unsigned to, const void *map, const int *at, unsigned mbarrier);
+void emu_bulk_send(unsigned to, unsigned from, unsigned bytes, unsigned mbarrier);
 void emu_tma_store(enum emu_bulk kind, const void *map, const int *at, unsigned from);
 void emu_bulk_load(unsigned to, const void *from, unsigned bytes, unsigned mbarrier);
 void emu_bulk_store(enum emu_bulk kind, void *to, unsigned from, unsigned bytes); /* adds floats */

@@ -9,7 +9,10 @@
 
 enum { POISON = 0xFF, CHUNK = 16, WORD = 4, LIMIT = 256 << 10 };
 
-static const struct emu_kernel *kernel;
+/* From this bit on an address has the number of the block in its cluster, as on sm_90. */
+enum { BLOCK_SHIFT = 24, OFFSET = (1 << BLOCK_SHIFT) - 1 };
+
+static const struct emu_kernel *const *kernels; /* of each block of a cluster */
 static unsigned gap_begin, gap_end; /* dynamic shared memory that the block does not have */
 
 /* --- access --- */
@@ -18,15 +21,37 @@ static unsigned gap_begin, gap_end; /* dynamic shared memory that the block does
  * thread has come to a fence: the thread, counted from 1, and how many fences it had come to. */
 static struct write {
     uint16_t thread, fences;
-} writes[LIMIT / WORD];
+} writes[MAX_CLUSTER][LIMIT / WORD];
 static uint16_t fences[MAX_THREADS];
 
+unsigned emu_address_in_block(unsigned address, unsigned block) {
+    if (block >= kernels[0]->cluster)
+        emu_fail("there is no block %u in the cluster", block);
+    return (address & OFFSET) | block << BLOCK_SHIFT;
+}
+
 unsigned emu_shared_address(const void *p) {
-    return (unsigned)((const unsigned char *)p - kernel->shared_begin);
+    return emu_address_in_block(
+        (unsigned)((const unsigned char *)p - kernels[emu_rank]->shared_begin), emu_rank);
+}
+
+static unsigned block_of(unsigned address) {
+    const unsigned block = address >> BLOCK_SHIFT;
+    if (block >= kernels[0]->cluster)
+        emu_fail("%u is no address in shared memory", address);
+    if (emu_block_ended(block))
+        emu_fail("block %u of the cluster has ended: its shared memory is gone", block);
+    return block;
+}
+static unsigned char *memory_at(unsigned address) {
+    return kernels[block_of(address)]->shared_begin + (address & OFFSET);
 }
 
 void *emu_shared_at(unsigned address, unsigned bytes, unsigned alignment) {
+    const struct emu_kernel *kernel = kernels[block_of(address)];
     const unsigned end = (unsigned)(kernel->shared_end - kernel->shared_begin);
+    void *memory = memory_at(address);
+    address &= OFFSET;
     if (address >= end || bytes > end - address ||
         (address + bytes > gap_begin && address < gap_end))
         emu_fail("%u bytes at %u in shared memory, where the block has none: %u is the end of what "
@@ -34,13 +59,15 @@ void *emu_shared_at(unsigned address, unsigned bytes, unsigned alignment) {
                  bytes, address, gap_begin);
     if (address % alignment)
         emu_fail("%u in shared memory is not a multiple of %u", address, alignment);
-    return kernel->shared_begin + address;
+    return memory;
 }
 
 void *emu_shared_async(unsigned address, unsigned bytes, unsigned alignment) {
     void *p = emu_shared_at(address, bytes, alignment);
+    const unsigned block = block_of(address);
+    address &= OFFSET;
     for (unsigned word = address / WORD; word <= (address + bytes - 1) / WORD; word++) {
-        const struct write w = writes[word];
+        const struct write w = writes[block][word];
         if (w.thread && w.fences == fences[w.thread - 1])
             emu_fail("%u in shared memory, read by wgmma or the copy engine, was written by thread "
                      "%d, which has not come to a fence.proxy.async since",
@@ -52,8 +79,10 @@ void *emu_shared_async(unsigned address, unsigned bytes, unsigned alignment) {
 /* Bytes were written. */
 static void mark(unsigned address, unsigned bytes, unsigned thread, int by_engine) {
     const struct write w = {(uint16_t)(thread + 1), fences[thread]};
+    const unsigned block = block_of(address);
+    address &= OFFSET;
     for (unsigned word = address / WORD; word <= (address + bytes - 1) / WORD; word++)
-        writes[word] = by_engine ? (struct write){0, 0} : w;
+        writes[block][word] = by_engine ? (struct write){0, 0} : w;
 }
 
 void emu_load_shared(void *to, unsigned address, unsigned bytes) {
@@ -62,11 +91,11 @@ void emu_load_shared(void *to, unsigned address, unsigned bytes) {
 
 void emu_store_shared(unsigned address, const void *from, unsigned bytes) {
     memcpy(emu_shared_at(address, bytes, bytes), from, bytes);
-    mark(address, bytes, emu_thread.x, 0);
+    mark(address, bytes, emu_self, 0);
 }
 
 void emu_fence_proxy_async(void) {
-    fences[emu_thread.x]++;
+    fences[emu_self]++;
 }
 
 void emu_check_global(const void *p, unsigned alignment) {
@@ -87,7 +116,7 @@ struct copy {
     int at[5];
     unsigned char *memory;
     enum emu_bulk how;
-    unsigned char *seen; /* STORE: what was in shared memory at first */
+    unsigned char *seen; /* STORE, or a LOAD from there: what was in shared memory at first */
 };
 /* Of each thread those that it alone can wait for; then the loads of all. */
 static struct list {
@@ -98,12 +127,12 @@ static struct {
 } groups[MAX_THREADS];
 
 static void begin_copy(struct copy copy) {
-    struct list *list = copy.kind == LOAD ? loads : &lists[emu_thread.x];
+    struct list *list = copy.kind == LOAD ? loads : &lists[emu_self];
     struct copy *c = malloc(sizeof *c);
     if (!c)
         abort();
     *c = copy;
-    c->thread = emu_thread.x;
+    c->thread = emu_self;
     *list->last = c, list->last = &c->next;
 }
 
@@ -135,16 +164,16 @@ static void for_box(struct copy *c, void (*visit)(struct copy *c, void *memory, 
                      : d == 0                 ? memory + x * m->elem_bytes
                                               : memory + x * (int64_t)m->stride[d - 1];
         }
-        const unsigned to = c->address + n * m->elem_bytes;
+        const unsigned to = c->address + n * m->elem_bytes; /* the block's number stays */
         visit(c, memory, m->swizzled ? emu_swizzle_128b(to) : to);
     }
 }
 
 static void load_element(struct copy *c, void *memory, unsigned shared) {
     if (memory)
-        memcpy(kernel->shared_begin + shared, memory, c->map.elem_bytes);
+        memcpy(memory_at(shared), memory, c->map.elem_bytes);
     else
-        memset(kernel->shared_begin + shared, 0, c->map.elem_bytes);
+        memset(memory_at(shared), 0, c->map.elem_bytes);
 }
 
 static void put(enum emu_bulk how, int is_float32, void *memory, const void *from, unsigned bytes) {
@@ -165,11 +194,11 @@ static void put(enum emu_bulk how, int is_float32, void *memory, const void *fro
 
 static void store_element(struct copy *c, void *memory, unsigned shared) {
     if (memory)
-        put(c->how, c->map.is_float32, memory, kernel->shared_begin + shared, c->map.elem_bytes);
+        put(c->how, c->map.is_float32, memory, memory_at(shared), c->map.elem_bytes);
 }
 
 static void finish(struct list *list, struct copy *c) {
-    unsigned char *shared = kernel->shared_begin + c->address;
+    unsigned char *shared = memory_at(c->address);
     const unsigned mbarrier = c->mbarrier, bytes = c->bytes;
     const int arrives = c->kind == LOAD;
     if (c->kind == CP_ASYNC) {
@@ -177,6 +206,10 @@ static void finish(struct list *list, struct copy *c) {
         memcpy(shared, c->from, c->valid);
         mark(c->address, bytes, c->thread, 0);
     } else if (c->kind == LOAD && c->memory) {
+        if (c->seen && memcmp(c->memory, c->seen, bytes) != 0)
+            emu_fail("%u bytes of shared memory changed while the copy engine, told by thread %u, "
+                     "was to send them",
+                     bytes, c->thread);
         memcpy(shared, c->memory, bytes);
     } else if (c->kind == LOAD) {
         for_box(c, load_element);
@@ -197,7 +230,7 @@ static void finish(struct list *list, struct copy *c) {
 
 /* This thread's copies of a kind, of groups before `group`. */
 static void finish_groups(enum kind kind, unsigned group) {
-    struct list *list = &lists[emu_thread.x];
+    struct list *list = &lists[emu_self];
     for (struct copy *c = list->first, *next; c; c = next) {
         next = c->next;
         if (c->kind == kind && (int)(c->group - group) < 0)
@@ -226,7 +259,7 @@ void emu_cp_async(unsigned to, const void *from, unsigned bytes) {
         emu_fail("cp.async of %u bytes from %p", bytes, from);
     memset(shared, POISON, CHUNK);
     begin_copy((struct copy){.kind = CP_ASYNC,
-                             .group = groups[emu_thread.x].cp_async,
+                             .group = groups[emu_self].cp_async,
                              .address = to,
                              .bytes = CHUNK,
                              .from = from,
@@ -234,11 +267,11 @@ void emu_cp_async(unsigned to, const void *from, unsigned bytes) {
 }
 
 void emu_cp_async_commit(void) {
-    groups[emu_thread.x].cp_async++;
+    groups[emu_self].cp_async++;
 }
 
 void emu_cp_async_wait(unsigned pending) {
-    finish_groups(CP_ASYNC, groups[emu_thread.x].cp_async - pending);
+    finish_groups(CP_ASYNC, groups[emu_self].cp_async - pending);
 }
 
 /* --- the copy engine --- */
@@ -253,7 +286,7 @@ static void begin_load(struct copy copy) {
 static void begin_store(struct copy copy) {
     const void *shared = emu_shared_async(copy.address, copy.bytes, copy.memory ? CHUNK : 128);
     copy.kind = STORE;
-    copy.group = groups[emu_thread.x].bulk;
+    copy.group = groups[emu_self].bulk;
     copy.seen = malloc(copy.bytes);
     if (!copy.seen)
         abort();
@@ -298,6 +331,16 @@ void emu_bulk_load(unsigned to, const void *from, unsigned bytes, unsigned mbarr
     begin_load(c);
 }
 
+void emu_bulk_send(unsigned to, unsigned from, unsigned bytes, unsigned mbarrier) {
+    struct copy c = bytes_of(emu_shared_async(from, bytes, CHUNK), bytes, to);
+    c.mbarrier = mbarrier;
+    c.seen = malloc(bytes);
+    if (!c.seen)
+        abort();
+    memcpy(c.seen, c.memory, bytes);
+    begin_load(c);
+}
+
 void emu_bulk_store(enum emu_bulk how, void *to, unsigned from, unsigned bytes) {
     struct copy c = bytes_of(to, bytes, from);
     c.how = how;
@@ -305,20 +348,24 @@ void emu_bulk_store(enum emu_bulk how, void *to, unsigned from, unsigned bytes) 
 }
 
 void emu_bulk_commit(void) {
-    groups[emu_thread.x].bulk++;
+    groups[emu_self].bulk++;
 }
 
 void emu_bulk_wait(unsigned pending) {
-    finish_groups(STORE, groups[emu_thread.x].bulk - pending);
+    finish_groups(STORE, groups[emu_self].bulk - pending);
 }
 
 /* --- blocks --- */
 
-void emu_shared_begin(const struct emu_kernel *kernel_, unsigned dynamic_bytes) {
-    kernel = kernel_;
+void emu_shared_begin(const struct emu_kernel *const kernels_[MAX_CLUSTER],
+                      unsigned dynamic_bytes) {
+    kernels = kernels_;
+    const struct emu_kernel *kernel = kernels[0];
     gap_begin = (unsigned)(kernel->dynamic - kernel->shared_begin) + dynamic_bytes;
     gap_end = gap_begin - dynamic_bytes + EMU_MAX_DYNAMIC;
-    memset(kernel->shared_begin, POISON, (size_t)(kernel->shared_end - kernel->shared_begin));
+    for (unsigned block = 0; block < kernel->cluster; block++)
+        memset(kernels[block]->shared_begin, POISON,
+               (size_t)(kernel->shared_end - kernel->shared_begin));
     memset(writes, 0, sizeof writes);
     memset(fences, 0, sizeof fences);
     memset(groups, 0, sizeof groups);
@@ -336,9 +383,10 @@ void emu_shared_end(void) {
                 emu_fail("the block has ended while the copy engine, told by thread %u, still had "
                          "to %s %u bytes at %u in shared memory",
                          c->thread, c->kind == LOAD ? "load" : "store", c->bytes, c->address);
-    for (unsigned address = gap_begin; address < gap_end; address++)
-        if (kernel->shared_begin[address] != POISON)
-            emu_fail("the block has written to %u in shared memory, past %u, where what is dynamic "
-                     "ends",
-                     address, gap_begin);
+    for (unsigned block = 0; block < kernels[0]->cluster; block++)
+        for (unsigned address = gap_begin; address < gap_end; address++)
+            if (kernels[block]->shared_begin[address] != POISON)
+                emu_fail("the block has written to %u in shared memory, past %u, where what is "
+                         "dynamic ends",
+                         address, gap_begin);
 }

@@ -221,7 +221,8 @@ static unsigned short element(uint64_t descriptor, int mn, int line, int k) {
     const unsigned address = start + (unsigned)(row / 8) * stride + (unsigned)(row % 8) * 128 +
                              (unsigned)(col / 64) * leading + (unsigned)(col % 64) * 2;
     unsigned short x;
-    memcpy(&x, emu_shared_async(emu_swizzle_128b(address), 2, 2), 2);
+    const unsigned own = emu_address_in_block(emu_swizzle_128b(address), emu_rank);
+    memcpy(&x, emu_shared_async(own, 2, 2), 2);
     return x;
 }
 
