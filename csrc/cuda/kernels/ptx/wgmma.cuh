@@ -6,6 +6,8 @@
  * the 16 x 8 accumulator n of mma_16x8x16. A in registers is laid out like A of mma_16x8x16. */
 #pragma once
 
+#include "wgmma_operand.cuh"
+
 /* Before a product that reads registers, or accumulates in them, that other code has written. */
 static __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -26,15 +28,6 @@ template <int N> static __device__ __forceinline__ void pin(float (&d)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; n++)
         asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
-}
-
-/* How an operand lies in shared memory: rows of 128 bytes, swizzled as by the copy engine, eight of
- * them every 1024 bytes; `panel_bytes` lie between two blocks of 64 columns, which matters where
- * columns are not the dimension that is summed over. */
-static __device__ __forceinline__ unsigned long long wgmma_operand(unsigned address,
-                                                                   unsigned panel_bytes) {
-    constexpr unsigned long long SWIZZLE_128B = 1ull << 62, EIGHT_ROWS = 1024 >> 4;
-    return address >> 4 | panel_bytes >> 4 << 16 | EIGHT_ROWS << 32 | SWIZZLE_128B;
 }
 
 #if FA_DTYPE_BF16 || FA_DTYPE_FP32

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "wgmma_operand.cuh"
+
 static inline void wgmma_fence() {
     emu_wgmma_fence();
 }
@@ -13,11 +15,6 @@ template <int PENDING> static inline void wgmma_wait() {
 }
 
 template <int N> static inline void pin(float (&)[N][4]) {}
-
-static inline unsigned long long wgmma_operand(unsigned address, unsigned panel_bytes) {
-    constexpr unsigned long long SWIZZLE_128B = 1ull << 62, EIGHT_ROWS = 1024 >> 4;
-    return address >> 4 | panel_bytes >> 4 << 16 | EIGHT_ROWS << 32 | SWIZZLE_128B;
-}
 
 enum { OVER_COLS, OVER_ROWS };
 
