@@ -102,7 +102,8 @@ def test_forward_of_float32_on_hopper(features, sizes, seed):
 
 # Likewise of backward_sm90.c: each tile, head sizes that leave panels empty, more tiles of queries
 # than buffers, blocks that see none; masks in tiles, of all queries at once and element by element
-# (odd rows), each with its gradient: by the copy engine, by threads, added up.
+# (odd rows), each with its gradient: by the copy engine, by threads, added up. Above 128 two blocks
+# are a cluster: one of them may have no keys, or none that a query sees.
 @on_calls(
     ("causal", {"seq_q": 700, "seq_k": 300, "head_dim": 64}),
     ("window+dropout", {"seq_q": 300, "seq_k": 500, "head_dim": 64}),
@@ -112,6 +113,11 @@ def test_forward_of_float32_on_hopper(features, sizes, seed):
     ("causal+grouped", {"seq_q": 300, "seq_k": 200, "head_dim": 256}),
     ("dropout", {"seq_q": 70, "seq_k": 200, "head_dim": 256}),
     ("window", {"seq_q": 200, "seq_k": 300, "head_dim": 160}),
+    ("grouped", {"seq_q": 200, "seq_k": 60, "head_dim": 256}),
+    ("causal", {"seq_q": 130, "seq_k": 330, "head_dim": 256}),
+    ("window", {"seq_q": 400, "seq_k": 301, "head_dim": 256}),
+    ("", {"seq_q": 70, "seq_k": 150, "head_dim": 136}),
+    ("bottom_right", {"seq_q": 300, "seq_k": 190, "head_dim": 192}),
     ("bias+window", {"seq_q": 300, "seq_k": 200, "head_dim": 64}),
     ("bias+dropout", {"seq_q": 130, "seq_k": 264, "head_dim": 128}),
     ("bias+causal", {"seq_q": 200, "seq_k": 136, "head_dim": 192}),
@@ -126,6 +132,13 @@ def test_forward_of_float32_on_hopper(features, sizes, seed):
 )
 def test_backward_of_hopper(features, sizes, seed):
     case = make_case(features, dtype=torch.bfloat16, batch=1, heads=2, **sizes)
+    assert_accurate(case, emulated(90, seed=seed))
+
+
+@pytest.mark.parametrize("head_dim,head_dim_v", [(128, 256), (192, 128), (256, 64)])
+def test_backward_of_hopper_with_other_sizes_of_v(head_dim, head_dim_v, seed):
+    case = make_case(dtype=torch.bfloat16, batch=1, heads=2, seq_k=130, head_dim=head_dim)
+    case.v = torch.randn(1, 2, 130, head_dim_v, dtype=torch.bfloat16)
     assert_accurate(case, emulated(90, seed=seed))
 
 

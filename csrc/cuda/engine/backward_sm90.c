@@ -5,8 +5,8 @@
 
 /* Two warpgroups own 64 keys each. Of the 200 or 208 registers of a thread dK and dV take
  * (D + Dv) / 2, S and then dP block_m / 2, P and dS block_m / 4 each: 192 (D = 64 and D = 128). Of
- * the wide kernel, with 240, both have the same 64 keys, one dK, the other dV: 208 (D = 256). The
- * first row that has room for the head size is taken. */
+ * the wide kernel, with 240, both have the same 64 keys, one dK, the other dV: 208 (D = 256); two
+ * of its blocks are a cluster. The first row that has room for the head size is taken. */
 static const struct tile {
     int max_head_dim; /* the larger of D and Dv */
     int kernel, block_m, block_n, q_buffers;
@@ -20,18 +20,29 @@ enum { THREADS = 384, STAGES = 2 };
 /* As FA_MASK_TILES says it. */
 enum { NO_TILES, TILES, ONE_FOR_ALL_QUERIES };
 
+static int is_wide(const struct fa_cuda_variant *v) {
+    return v->kernel == FA_CUDA_BACKWARD_WIDE_SM90;
+}
+
+/* Of the wide kernel: pieces of a tile of dO, of as many panels each. */
+static int pieces(const struct fa_cuda_variant *v) {
+    const int panels = (v->head_dim_v + 63) / 64;
+    return panels == 4 ? 2 : panels;
+}
+
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
-    enum { BARRIERS = 256 }; /* 16 bytes for no tile of a mask, too */
+    enum { BARRIERS = 272 }; /* 16 bytes for no tile of a mask, too */
     const int mask = v->mask_tiles == TILES ? fa_cuda_mask_bytes(v, v->block_m) : 0;
     const int dS = fa_cuda_panels_bytes(v->block_n, v->block_m);
     return fa_cuda_panels_bytes(v->block_n, v->head_dim) +
            fa_cuda_panels_bytes(v->block_n, v->head_dim_v) +
            v->q_buffers * fa_cuda_panels_bytes(v->block_m, v->head_dim) +
-           v->stages * fa_cuda_panels_bytes(v->block_m, v->head_dim_v) +
+           v->stages * fa_cuda_panels_bytes(v->block_m, v->head_dim_v) /
+               (is_wide(v) ? pieces(v) : 1) +
            v->q_buffers * v->block_m * 2 * (int)sizeof(float) + BARRIERS + mask +
-           (v->kernel == FA_CUDA_BACKWARD_WIDE_SM90 ? 3 * dS + v->block_m * v->block_n * 2 /* P */
-                                                    : 2 * dS);
+           (is_wide(v) ? 2 * 2 * dS + fa_cuda_panels_bytes(v->block_n, 128) /* the other block's */
+                       : 2 * dS);
 }
 
 static const struct tile *find_tile(const struct fa_params *p) {
@@ -94,9 +105,15 @@ void fa_cuda_backward_sm90(const struct fa_params *p, struct fa_cuda_step *step)
     if (mask_grad_can_be_mapped(p))
         v->mask_grad = 4;
     v->q_buffers = (uint8_t)t->q_buffers;
+    if (is_wide(v)) {
+        v->stages = (uint16_t)(STAGES * pieces(v));
+        while (v->stages > pieces(v) && shared_bytes(v) > FA_CUDA_SHARED_SM90)
+            v->stages--;
+    }
     while (shared_bytes(v) > FA_CUDA_SHARED_SM90)
         v->q_buffers--;
-    step->blocks = (int)div_up(p->seq_k, t->block_n);
+    const int cluster = is_wide(v) ? 2 : 1; /* blocks */
+    step->blocks = (int)div_up(p->seq_k, t->block_n * cluster) * cluster;
     step->shared_bytes = (unsigned)shared_bytes(v);
 }
 

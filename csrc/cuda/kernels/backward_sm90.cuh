@@ -89,14 +89,22 @@ static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const 
                                                    entry(p.mask, work.b));
     }
 }
-template <class Shared>
+
+/* A tile of dO comes and goes in PIECES, of as many panels each. */
+template <int PIECES> using OPieces = Panels<BLOCK_M, 64 * OTile::COUNT / PIECES>;
+
+template <int PIECES = 1, class Shared>
 static __device__ __forceinline__ void bring_dO(const fa_kernel_params &p, const Maps &maps,
                                                 Shared &shared, const Work &work, QueryTile tile,
                                                 unsigned n) {
-    wait_empty(shared.dO_empty, n);
-    OTile{shared_address(shared.dO[n % STAGES])}.load(&maps.dout, &shared.dO_full[n % STAGES],
-                                                      tile.i, head(p.dout, tile.h),
-                                                      entry(p.dout, work.b));
+#pragma unroll 1
+    for (int piece = 0; piece < PIECES; piece++) {
+        const unsigned m = PIECES * n + piece;
+        wait_empty(shared.dO_empty, m);
+        OPieces<PIECES>{shared_address(shared.dO[m % STAGES])}.load(
+            &maps.dout, &shared.dO_full[m % STAGES], tile.i, head(p.dout, tile.h),
+            entry(p.dout, work.b), 64 * OTile::COUNT / PIECES * piece);
+    }
 }
 
 /* By one thread, first of all: the barriers of what is brought, to be used by so many warps, and
@@ -273,6 +281,15 @@ static __device__ __forceinline__ void put_dS(STile tile, int warp_row, const Op
 #pragma unroll
     for (int m = 0; m < QUERY_TILES / 2; m++)
         stmatrix_x4_trans(first + 16 * m * 128, dS[m][0], dS[m][1], dS[m][2], dS[m][3]);
+}
+
+/* The same from there: dS^T, or P^T, as put_dS has it. */
+static __device__ __forceinline__ void get_dS(Operand &dS, STile tile, int warp_row,
+                                              unsigned lane) {
+    const unsigned first = tile.chunk(lane / 16 * 8 + lane % 8, warp_row + lane / 8 % 2 * 8);
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES / 2; m++)
+        ldmatrix_x4_trans(dS[m], first + 16 * m * 128);
 }
 
 /* dK or dV of a warp to shared memory, into its 16 rows of a tile of 64. */

@@ -27,13 +27,13 @@ template <int ROWS, int COLS> struct Panels {
         return {address + col / 64 * PANEL_BYTES};
     }
 
-    /* Rows from `row` on of head h of batch entry b; one thread. */
+    /* Rows from `row` and columns from `col` on of head h of batch entry b; one thread. */
     __device__ __forceinline__ void load(const tensor_map *map, mbarrier *full, int row, int h,
-                                         int b) const {
+                                         int b, int col = 0) const {
         mbarrier_arrive_expect(full, BYTES);
 #pragma unroll
         for (int i = 0; i < COUNT; i++)
-            tma_load(address + i * PANEL_BYTES, map, full, 64 * i, row, h, b);
+            tma_load(address + i * PANEL_BYTES, map, full, col + 64 * i, row, h, b);
     }
     __device__ __forceinline__ void store(const tensor_map *map, int row, int h, int b) const {
 #pragma unroll

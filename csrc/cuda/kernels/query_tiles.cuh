@@ -12,12 +12,13 @@ struct QueryTile {
 struct QueryTiles {
     int begin, end, first_head, end_head;
 
-    __device__ __forceinline__ QueryTiles(const fa_kernel_params &p, int hk, int first_key) {
+    __device__ __forceinline__ QueryTiles(const fa_kernel_params &p, int hk, int first_key,
+                                          int keys = BLOCK_N) {
         const int group = p.heads_q / p.heads_k;
         begin = 0, end = p.seq_q;
         if (FA_WINDOW) {
             begin = max(0, first_key - p.window_end + 1) / BLOCK_M * BLOCK_M;
-            end = min(end, min(first_key + BLOCK_N, p.seq_k) - p.window_begin);
+            end = min(end, min(first_key + keys, p.seq_k) - p.window_begin);
         }
         first_head = hk * group;
         end_head = begin < end ? first_head + group : first_head;
