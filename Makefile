@@ -63,7 +63,7 @@ bench: $(INSTALLED) ## time ours against PyTorch's on the CPU, then update READM
 	$(PYTHON) benchmarks/report.py
 
 bench-gpu: $(INSTALLED) ## likewise against all of SDPA's backends on a GPU (20 minutes)
-	$(PYTHON) benchmarks/gpu.py --cool
+	$(PYTHON) benchmarks/gpu.py --how hot cool graph
 	$(PYTHON) benchmarks/report.py
 
 paper: $(INSTALLED) ## measure the tables of the FlashAttention paper, on a GPU if there is one (5 minutes)

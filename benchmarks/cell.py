@@ -1,7 +1,8 @@
 """A cell of a table: one call of attention, its inputs, its peers, its check, its FLOPs.
 
 A cell is a dict, as it will stand in the result file: dtype, batch, heads, heads_k, length,
-head_dim, causal, dropout_p and bias, which is None, "given" or "with gradient".
+head_dim, causal, dropout_p and bias, which is None, "given" or "with gradient"; where they differ,
+length_k and head_dim_v, of keys and of values.
 """
 
 from collections.abc import Callable
@@ -27,30 +28,44 @@ BACKENDS = {
 
 def title(cell: dict) -> str:
     mask = "causal" if cell["causal"] else "full"
-    sizes = f"d={cell['head_dim']:3} {mask:6} N={cell['length']:5}"
+    heads = f"{cell['batch']}x{cell['heads']}:{cell['heads_k']}"
+    sizes = f"{heads:8} d={dims(cell):7} {mask:6} N={lengths(cell):11}"
     return f"{cell['feature']:8} {cell['dtype']:8} {sizes}"
+
+
+def dims(cell: dict) -> str:
+    """Head size, and that of V where it has its own."""
+    return "/".join(str(cell[name]) for name in ("head_dim", "head_dim_v") if name in cell)
+
+
+def lengths(cell: dict) -> str:
+    """Of queries, and of keys where that is another."""
+    return " x ".join(str(cell[name]) for name in ("length", "length_k") if name in cell)
 
 
 def flop(cell: dict, direction: str) -> float:
     """Two matrix products forward, five backward; half of each where causal."""
-    product = 2 * cell["batch"] * cell["heads"] * cell["length"] ** 2 * cell["head_dim"]
-    products = {"forward": 2, "backward": 5}[direction]
-    return product * products / (2 if cell["causal"] else 1)
+    D, Dv = cell["head_dim"], cell.get("head_dim_v", cell["head_dim"])
+    forward, backward = D + Dv, 3 * D + 2 * Dv  # S, O; S, dP, dV, dQ, dK
+    depth = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    scores = cell["batch"] * cell["heads"] * cell["length"] * cell.get("length_k", cell["length"])
+    return 2 * scores * depth / (2 if cell["causal"] else 1)
 
 
 def inputs(cell: dict, device: str) -> tuple[list[Tensor], Tensor | None, Tensor]:
     """q, k, v as a model makes them, [B, H, N, D] views of [B, N, H, D]; bias; dO."""
     B, N, D = cell["batch"], cell["length"], cell["head_dim"]
     H, Hk = cell["heads"], cell["heads_k"]
+    Nk, Dv = cell.get("length_k", N), cell.get("head_dim_v", D)
     options = {"dtype": DTYPES[cell["dtype"]], "device": device}
     qkv = [
-        torch.randn(B, N, heads, D, **options).transpose(1, 2).requires_grad_()
-        for heads in (H, Hk, Hk)
+        torch.randn(B, *sizes, **options).transpose(1, 2).requires_grad_()
+        for sizes in ((N, H, D), (Nk, Hk, D), (Nk, Hk, Dv))
     ]
     bias = None
     if cell["bias"]:
-        bias = torch.randn(B, H, N, N, **options, requires_grad=cell["bias"] == "with gradient")
-    return qkv, bias, torch.randn(B, N, H, D, **options).transpose(1, 2)
+        bias = torch.randn(B, H, N, Nk, **options, requires_grad=cell["bias"] == "with gradient")
+    return qkv, bias, torch.randn(B, N, H, Dv, **options).transpose(1, 2)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, is_causal=False, dropout_p=0.0) -> Tensor:

@@ -1,13 +1,13 @@
 """On a GPU, side by side with the backends of PyTorch's scaled_dot_product_attention.
 
-    speed     every feature, forward and backward: --features, --dtype, --d, --length, --direction;
-              portable: plain calls, by the kernels for every GPU
+    speed     every feature: --features, --dtype, --d, --length, --direction (both: a forward and
+              its backward); portable: plain calls, by the kernels for every GPU
     host      how long the host is busy with a call so small that nothing else counts
 
-Every cell is checked before it is timed. The peers then take turns in one process, once back to
-back ("hot": a GPU at its power limit, as in training) and, with --cool, once with a rest before
-each sample. A run may be cut into pieces of any size: a piece replaces its cells in the result
-file and leaves the others, each with the commit that it was measured at.
+Every cell is checked before it is timed. The peers then take turns in one process: --how hot, back
+to back (a GPU at its power limit, as in training), cool, with a rest before each sample, or graph,
+as replays of a CUDA graph, back to back. A run may be cut into pieces of any size: a piece replaces
+its cells in the result file and leaves the others, each with the commit that it was measured at.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from flash_attn_ext.measure import Samples, take_turns
 
 TOKENS, WIDTH = 16384, 2048  # B * N and H * D
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward", "both")
+HOW = ("hot", "cool", "graph")
 
 
 # --- cells -----------------------------------------------------------------------------------
@@ -89,18 +90,28 @@ def cells():
                 "peers": ("efficient",),
             }
         )
-    for causal, n in itertools.product((False, True), (2048, 8192)):
+    for heads, causal, n in itertools.product((32, 64), (False, True), (2048, 8192)):
         yield (
             plain
             | shape(n, 128)
             | {
                 "feature": "grouped",
-                "heads": 32,
+                "heads": heads,
                 "heads_k": 8,
                 "causal": causal,
                 "peers": ("flash", "cudnn"),
             }
         )
+    for d, causal, n in itertools.product((72, 80, 96, 192), (False, True), (1024, 8192)):
+        yield plain | shape(n, d) | {"feature": "d", "causal": causal}
+    for causal, n in itertools.product((False, True), (1024, 8192)):
+        yield plain | shape(n, 192) | {"feature": "d", "head_dim_v": 128, "causal": causal}
+    for d in (64, 128):
+        yield plain | shape(1000, d) | {"feature": "lengths", "length_k": 3000}
+    # Blocks of 128 queries: 32 and 64, for 132 multiprocessors.
+    for d, causal, n in itertools.product((64, 128), (False, True), (512, 1024)):
+        yield plain | shape(n, d) | {"feature": "small", "batch": 1, "heads": 8, "heads_k": 8,
+                                     "causal": causal}  # fmt: skip
 
 
 @contextmanager
@@ -131,17 +142,33 @@ def measure(cell: dict, options: argparse.Namespace) -> dict:
             return call()
 
     result = dict(cell)
-    for direction in cell["directions"]:
+    for direction in (*cell["directions"], "both"):
         if direction not in options.directions:
             continue
         peers = {
             "forward": {n: partial(forward_without_gradients, c) for n, c in calls.items()},
             "backward": backwards,
+            "both": {n: lambda call=c: gradients(call()) for n, c in calls.items()},
         }[direction]
-        result[direction] = {"hot": timed(cell, direction, peers, options, rest=0)}
-        if options.cool:
-            result[direction]["cool"] = timed(cell, direction, peers, options, rest=0.2)
-    return result
+        result[direction] = {}
+        for how in options.how:
+            if how == "graph" and direction == "backward":
+                continue  # its forward would have to be in the graph
+            mine = {n: captured(c) for n, c in peers.items()} if how == "graph" else peers
+            rest = 0.2 if how == "cool" else 0
+            result[direction][how] = timed(cell, direction, mine, options, rest)
+    return {name: value for name, value in result.items() if value != {}}
+
+
+def captured(call: Callable) -> Callable:
+    """Replays a call as a CUDA graph."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def timed(cell: dict, direction: str, peers: dict, options: argparse.Namespace, rest: float):
@@ -216,18 +243,18 @@ def host(options: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    features = ["plain", "portable", "bias", "dropout", "float32", "grouped"]
+    features = list(dict.fromkeys(cell["feature"] for cell in cells()))
     parts = ["speed", "host"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--features", nargs="+", choices=features, default=features)
     parser.add_argument("--dtype", choices=DTYPES, help="instead of a cell's own")
-    parser.add_argument("--d", nargs="+", type=int, default=[64, 128, 256], help="head sizes")
-    parser.add_argument("--length", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--d", nargs="+", type=int, help="head sizes; else all")
+    parser.add_argument("--length", nargs="+", type=int, help="of queries; else all")
     parser.add_argument("--mask", nargs="+", choices=["full", "causal"], default=["full", "causal"])
-    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS,
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS[:2],
                         dest="directions")  # fmt: skip
     parser.add_argument("--peers", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--cool", action="store_true", help="time once more with rests")
+    parser.add_argument("--how", nargs="+", choices=HOW, default=HOW[:1])
     parser.add_argument("--seconds", type=float, default=1.0, help="for one timing of all peers")
     parser.add_argument("--quick", action="store_true", help="two lengths, little time for each")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try")
@@ -238,7 +265,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py: there is no CUDA device here, nothing to measure.")
     if options.quick:
-        options.seconds, options.length = 0.2, [n for n in options.length if n in (1024, 4096)]
+        options.seconds, options.length = 0.2, [1024, 4096]
     torch.manual_seed(0)
 
     record = facts() | (cuda_facts() if options.device == "cuda" else {"device": "try"})
@@ -251,10 +278,10 @@ def main() -> None:
         | ({"dtype": options.dtype} if options.dtype else {})
         for cell in cells()
         if cell["feature"] in options.features
-        and cell["head_dim"] in options.d
-        and cell["length"] in options.length
+        and cell["head_dim"] in (options.d or [cell["head_dim"]])
+        and cell["length"] in (options.length or [cell["length"]])
         and ("causal" if cell["causal"] else "full") in options.mask
-        and any(direction in options.directions for direction in cell["directions"])
+        and any(direction in options.directions for direction in (*cell["directions"], "both"))
     ]
     if "speed" in options.parts:
         for cell in tqdm(chosen, unit="cell"):

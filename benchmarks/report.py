@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib
+from cell import dims, lengths
 from record import RESULTS, ROOT
 from tabulate import tabulate
 
@@ -282,17 +283,17 @@ def the_table(record: dict) -> list[dict]:
 
 def gpu_table(record: dict) -> str:
     plain = the_table(record)
-    lengths = sorted({cell["length"] for cell in plain})
+    all_lengths = sorted({cell["length"] for cell in plain})
     by_row = {}
     for cell, way in itertools.product(plain, ("forward", "backward")):
-        if way in cell:
+        if "hot" in cell.get(way, {}):
             row = by_row.setdefault((cell["head_dim"], cell["causal"], way), {})
             row[cell["length"]] = gpu_entry(cell[way]["hot"], "flash")
     rows = [
-        [d, MASK[causal], way, *(row.get(n, "") for n in lengths)]
+        [d, MASK[causal], way, *(row.get(n, "") for n in all_lengths)]
         for (d, causal, way), row in sorted(by_row.items(), key=lambda item: item[0][:2])
     ]
-    table = tabulate(rows, ["d", "mask", "pass", *lengths], "github", disable_numparse=True)
+    table = tabulate(rows, ["d", "mask", "pass", *all_lengths], "github", disable_numparse=True)
     means = [
         f"{way} "
         + ", ".join(f"{geometric_mean(plain, way, peer):.2f} of {peer}" for peer in GPU_COLORS)
@@ -307,7 +308,7 @@ def gpu_table(record: dict) -> str:
 
 def geometric_mean(cells: list[dict], way: str, peer: str) -> float:
     """Of how many times as fast as a peer."""
-    timed = [cell[way]["hot"] for cell in cells if way in cell]
+    timed = [cell[way]["hot"] for cell in cells if "hot" in cell.get(way, {})]
     return statistics.geometric_mean(
         peers[peer]["speedup"]["median"] for peers in timed if peer in peers
     )
@@ -315,13 +316,13 @@ def geometric_mean(cells: list[dict], way: str, peer: str) -> float:
 
 def gpu_features(record: dict) -> str:
     others = [
-        [cell["feature"], cell["bias"] or "", cell["dtype"], cell["head_dim"],
-         MASK[cell["causal"]], cell["length"], way,
+        [feature(cell), cell["bias"] or "", cell["dtype"], dims(cell),
+         MASK[cell["causal"]], lengths(cell), way,
          *(gpu_entry(cell[way]["hot"], peer) for peer in GPU_COLORS)]
         for cell in record["cells"]
         if cell["feature"] != "plain"
         for way in ("forward", "backward")
-        if way in cell
+        if "hot" in cell.get(way, {})
     ]  # fmt: skip
     headers = ["feature", "bias", "dtype", "d", "mask", "length", "pass", *GPU_COLORS]
     by_peer = {}
@@ -333,10 +334,40 @@ def gpu_features(record: dict) -> str:
     return (
         "TFLOP/s of ours, and how many times as fast as each of SDPA's backends:\n\n"
         f"{tabulate(others, headers, 'github', disable_numparse=True)}\n\n"
+        f"{gpu_ways(record)}"
         "Microseconds that the host is busy with a tiny call (1 x 2 x 16 x 64), and with addcmul,\n"
         "for what PyTorch takes by itself. One thread: autograd hands no backward to another.\n\n"
         f"{tabulate(host, ['', *directions], 'github', disable_numparse=True)}\n\n"
         f"{origin(record)}."
+    )
+
+
+def feature(cell: dict) -> str:
+    grouped = cell["heads"] != cell["heads_k"]
+    return cell["feature"] + (f" {cell['heads']}:{cell['heads_k']}" if grouped else "")
+
+
+def gpu_ways(record: dict) -> str:
+    """How plain calls do when they are not timed hot, or a forward and its backward at once."""
+    by_row = {}
+    for cell in the_table(record):
+        for way, timed in ((way, cell.get(way, {})) for way in ("forward", "backward", "both")):
+            for how in timed:
+                if (way, how) not in (("forward", "hot"), ("backward", "hot")):
+                    row = by_row.setdefault((cell["head_dim"], cell["causal"], way, how), {})
+                    row[cell["length"]] = gpu_entry(timed[how], "cudnn")
+    if not by_row:
+        return ""
+    columns = sorted({n for row in by_row.values() for n in row})
+    rows = [
+        [d, MASK[causal], way, how, *(row.get(n, "") for n in columns)]
+        for (d, causal, way, how), row in sorted(by_row.items())
+    ]
+    headers = ["d", "mask", "pass", "how", *columns]
+    return (
+        "Plain calls with a rest before each sample (cool) and as replays of a CUDA graph, and how "
+        "many times as fast as cuDNN:\n\n"
+        f"{tabulate(rows, headers, 'github', disable_numparse=True)}\n\n"
     )
 
 
@@ -364,7 +395,7 @@ def gpu_plot(record: dict, path: Path) -> None:
             points = [
                 (cell["length"], cell[way]["hot"][peer]["tflops"])
                 for cell in cells
-                if peer in cell[way]["hot"]
+                if peer in cell[way].get("hot", {})
             ]
             if points:
                 panel.plot(*zip(*points), "o-", color=color, label=peer, markersize=4)
