@@ -67,6 +67,7 @@ def on_calls(*features_and_sizes):
     ("causal", {"seq_q": 300, "seq_k": 300, "head_dim": 64}),
     ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 96}),
     ("", {"seq_q": 1600, "seq_k": 130, "head_dim": 128}),
+    ("causal", {"seq_q": 4100, "seq_k": 130, "head_dim": 128}),
     ("window", {"seq_q": 300, "seq_k": 500, "head_dim": 128}),
     ("causal", {"seq_q": 200, "seq_k": 300, "head_dim": 192}),
     ("causal+dropout", {"seq_q": 200, "seq_k": 200, "head_dim": 256}),

@@ -75,12 +75,14 @@ struct fa_cuda_variant {
     uint8_t mask_grad; /* 0 none, 1 added up atomically, 2 stored, for it broadcasts nothing, 3
                           stored in dtype; 4, of sm_90a, as 3, by the copy engine */
 
-    /* of sm_90a: buffers of Q; FA_MASK_TILES; in the forward, whether warpgroups take turns */
-    uint8_t q_buffers, mask_tiles, ping_pong;
+    /* of sm_90a: FA_MASK_TILES; in the backward, buffers of Q; in the forward, whether warpgroups
+     * take turns, and whether O has a place in shared memory */
+    uint8_t mask_tiles, q_buffers, ping_pong, o_place;
     uint8_t dq_transposed; /* the sum of dQ is, see kernels/workspace.cuh */
 
+    uint8_t stages; /* tiles that there is room for, of what passes by */
     uint16_t head_dim, head_dim_v;
-    uint16_t block_m, block_n, threads, stages;
+    uint16_t block_m, block_n, threads;
     uint16_t arch; /* 90: compute capability 9.0 */
 };
 _Static_assert(sizeof(struct fa_cuda_variant) == 26, "no padding: it is compared as bytes");
@@ -120,6 +122,9 @@ const char *fa_cuda_entry(const struct fa_cuda_variant *v);
 enum { FA_CUDA_OPTIONS_BYTES = 1024 };
 void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIONS_BYTES]);
 
+/* fa_cuda_step.group_heads of a kernel in which keys pass by: those that fit into a cache. */
+int fa_cuda_group_for_queries(const struct fa_params *p, int64_t cache);
+
 /* --- forward_sm90.c --- */
 
 /* Why that kernel does not take a forward that passes fa_cuda_check; NULL: it does. */
@@ -130,7 +135,7 @@ void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step);
 
 /* The second parameter of the kernel. */
 struct fa_cuda_maps {
-    CUtensorMap q, k, v, out, mask;
+    CUtensorMap q, k, v, mask;
 };
 enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cuda_variant *v,
                                    struct fa_cuda_maps *maps);

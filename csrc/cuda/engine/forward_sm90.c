@@ -13,8 +13,9 @@ static const struct tile {
     int min_queries;
     int block_m, block_n, stages;
 } tiles[] = {
-    {64, BARE, 129, 192, 128, 3}, {96, FULL, 1536, 192, 96, 2}, {128, FULL, 1536, 192, 80, 2},
-    {128, ANY, 1, 128, 128, 2},   {192, BARE, 1, 128, 96, 2},   {256, ANY, 1, 128, 64, 2},
+    {64, BARE, 129, 192, 128, 3},  {96, FULL, 1536, 192, 96, 2},  {96, BARE, 4096, 192, 96, 2},
+    {128, FULL, 1536, 192, 80, 2}, {128, BARE, 4096, 192, 80, 2}, {128, ANY, 1, 128, 128, 2},
+    {192, BARE, 1, 128, 96, 2},    {256, ANY, 1, 128, 64, 2},
 };
 
 /* MaskTile of kernels/mask_tile.cuh. */
@@ -25,7 +26,8 @@ static int mask_bytes(const struct fa_cuda_variant *v) {
 /* The struct Shared of the kernel. */
 static int shared_bytes(const struct fa_cuda_variant *v) {
     enum { BARRIERS = 512 };
-    return v->q_buffers * fa_cuda_panels_bytes(v->block_m, max(v->head_dim, v->head_dim_v)) +
+    return fa_cuda_panels_bytes(v->block_m, v->head_dim) +
+           v->o_place * fa_cuda_panels_bytes(v->block_m, v->head_dim_v) +
            v->stages * (fa_cuda_panels_bytes(v->block_n, v->head_dim) +
                         fa_cuda_panels_bytes(v->block_n, v->head_dim_v) + mask_bytes(v)) +
            BARRIERS;
@@ -41,9 +43,9 @@ static int choose_tile(const struct fa_params *p, struct fa_cuda_variant *v) {
             continue;
         v->block_m = (uint16_t)t->block_m;
         v->block_n = (uint16_t)t->block_n;
-        v->stages = (uint16_t)t->stages;
-        /* Above 64, O from registers is faster than a second buffer for Q, where there is room. */
-        for (v->q_buffers = t->max_head_dim <= 64 ? 2 : 1; v->q_buffers > 0; v->q_buffers--) {
+        v->stages = (uint8_t)t->stages;
+        for (int place = 1; place >= 0; place--) {
+            v->o_place = (uint8_t)place;
             if (shared_bytes(v) <= FA_CUDA_SHARED_SM90)
                 return 1;
         }
@@ -105,6 +107,8 @@ void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) 
     v->threads = (uint16_t)(128 + 2 * v->block_m);
     v->ping_pong = has_turns(p, v);
     step->blocks = (int)div_up(p->seq_q, v->block_m);
+    /* Of long sequences the blocks at work see only a part at a time, so that more heads fit. */
+    step->group_heads = fa_cuda_group_for_queries(p, p->seq_k < 2048 ? 32 << 20 : 64 << 20);
     step->shared_bytes = (unsigned)shared_bytes(v);
 }
 
@@ -118,9 +122,6 @@ enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cu
     if (!error)
         error = fa_cuda_encode_tensor(&maps->v, p, &p->v, p->heads_k, p->seq_k, p->head_dim_v,
                                       v->block_n);
-    if (!error)
-        error =
-            fa_cuda_encode_tensor(&maps->out, p, &p->out, p->heads_q, p->seq_q, p->head_dim_v, 64);
     if (!error && v->mask_tiles)
         error = fa_cuda_encode_mask(&maps->mask, p, v, v->mask_tiles == 2 ? 1 : v->block_m);
     return error ? fa_cuda_driver_error("tensor map", error) : FA_OK;

@@ -321,10 +321,12 @@ int fa_cuda_is_aligned(const struct fa_params *p) {
     return 1;
 }
 
-/* Heads of keys that fit into the L2 cache together, in groups of one size: a small one at the end
- * would have no short blocks to go with its long ones. */
-static int group_of_heads(const struct fa_params *p, int64_t bytes_of_head) {
-    const int64_t cache = 32 << 20, heads = p->batch * p->heads_k;
+enum { CACHE = 32 << 20 }; /* of L2, with room for what passes by */
+
+/* Heads of keys that fit into a cache together, in groups of one size: a small one at the end would
+ * have no short blocks to go with its long ones. */
+static int group_of_heads(const struct fa_params *p, int64_t bytes_of_head, int64_t cache) {
+    const int64_t heads = p->batch * p->heads_k;
     const int64_t fit = bytes_of_head && bytes_of_head < cache ? cache / bytes_of_head : 1;
     const int64_t groups = div_up(heads, fit);
     return groups ? (int)div_up(heads, groups) : 1;
@@ -334,18 +336,18 @@ static int heads_per_key_head(const struct fa_params *p) {
     return p->heads_k ? (int)(p->heads_q / p->heads_k) : 1;
 }
 
-/* For blocks of queries, past which K and V go. */
-static int group_for_queries(const struct fa_params *p) {
+/* K and V go past blocks of queries. */
+int fa_cuda_group_for_queries(const struct fa_params *p, int64_t cache) {
     const int64_t row = (p->head_dim + p->head_dim_v) * element_bytes(p->dtype);
-    return group_of_heads(p, p->seq_k * row) * heads_per_key_head(p);
+    return group_of_heads(p, p->seq_k * row, cache) * heads_per_key_head(p);
 }
 
 /* For blocks of keys, past which Q and dO go: with the sum of dQ, and K, V, dK and dV. */
 static int group_for_keys(const struct fa_params *p) {
     const int64_t row = (p->head_dim + p->head_dim_v) * element_bytes(p->dtype);
     const int64_t rows_q = p->seq_q * heads_per_key_head(p);
-    return group_of_heads(p,
-                          rows_q * (row + p->head_dim * (int)sizeof(float)) + p->seq_k * 2 * row);
+    return group_of_heads(p, rows_q * (row + p->head_dim * (int)sizeof(float)) + p->seq_k * 2 * row,
+                          CACHE);
 }
 
 static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch, int sm_count) {
@@ -359,11 +361,11 @@ static struct fa_cuda_step step(int kernel, const struct fa_params *p, int arch,
                     .block_m = (uint16_t)t->block_m,
                     .block_n = (uint16_t)t->block_n,
                     .threads = (uint16_t)t->threads,
-                    .stages = (uint16_t)t->stages,
+                    .stages = (uint8_t)t->stages,
                     .arch = (uint16_t)arch},
         .blocks = (int)div_up(p->seq_q, t->block_m),
         .heads = (int)p->heads_q,
-        .group_heads = group_for_queries(p),
+        .group_heads = fa_cuda_group_for_queries(p, CACHE),
         .shared_bytes = (unsigned)shared_bytes(t, p),
     };
     if (kernel != FA_CUDA_PREPARE && kernel != FA_CUDA_CONVERT) {
@@ -449,12 +451,11 @@ void fa_cuda_options(const struct fa_cuda_variant *v, char options[FA_CUDA_OPTIO
     ADD("-DBLOCK_N=%d", v->block_n);
     ADD("-DTHREADS=%d", v->threads);
     ADD("-DSTAGES=%d", v->stages);
-    if (v->q_buffers) { /* of sm_90a */
-        ADD("-DQ_BUFFERS=%d", v->q_buffers);
-        ADD("-DFA_MASK_TILES=%d", v->mask_tiles);
-    }
-    if (v->kernel == FA_CUDA_FORWARD_SM90)
-        ADD("-DPING_PONG=%d", v->ping_pong);
+    /* of sm_90a */
+    ADD("-DFA_MASK_TILES=%d", v->mask_tiles);
+    ADD("-DQ_BUFFERS=%d", v->q_buffers);
+    ADD("-DPING_PONG=%d", v->ping_pong);
+    ADD("-DO_PLACE=%d", v->o_place);
 #undef ADD
     *at = 0;
 }

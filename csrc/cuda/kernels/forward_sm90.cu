@@ -1,8 +1,8 @@
 /* The FlashAttention forward for sm_90a, with TMA and wgmma.
  *
  * A block stays on its SM and takes one piece of work after the other: BLOCK_M queries of one head.
- * Its first warpgroup moves data: one warp brings Q, one K, one V, one takes O away. Each of the
- * others owns 64 queries; keys and values pass by, BLOCK_N at a time, from the last to the first.
+ * Its first warpgroup moves data: one warp brings Q, one K, one V. Each of the others owns 64
+ * queries; keys and values pass by, BLOCK_N at a time, from the last to the first.
  *
  * Three things keep the tensor cores busy while the exponentials are computed. While a warpgroup is
  * in the softmax of one tile, its product P V of the tile before is running. The warpgroups take
@@ -10,7 +10,7 @@
  * softmax itself is short: it does not look for the maximum, see softmax().
  *
  * Compiled with: FA_DTYPE_BF16 or FA_DTYPE_FP16, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, STAGES (of
- * K and V), Q_BUFFERS, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_MASK_TILES,
+ * K and V), O_PLACE, PING_PONG, FA_MASK (0 none, 1 bool, 2 dtype of q, 3 float), FA_MASK_TILES,
  * FA_WINDOW, FA_DROPOUT. */
 #include "accumulators.cuh"
 #include "block_order.cuh"
@@ -25,9 +25,6 @@
 #include "scores.cuh"
 
 constexpr int CONSUMERS = BLOCK_M / 64; /* warpgroups that compute */
-/* With one buffer for Q, O goes to memory from registers: in the place of Q it would keep the next
- * one out until it has left. */
-constexpr bool DIRECT = Q_BUFFERS == 1;
 constexpr int DEPTH = (HEAD_DIM + 15) / 16 * 16;
 constexpr int WIDTH = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int KEY_TILES = BLOCK_N / 8, OUT_TILES = WIDTH / 8;
@@ -40,17 +37,17 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 using QTile = Panels<64, HEAD_DIM>;
 using KTile = Panels<BLOCK_N, HEAD_DIM>;
 using VTile = Panels<BLOCK_N, HEAD_DIM_V>;
-using OTile = Panels<64, HEAD_DIM_V>; /* takes the place of Q, if not DIRECT */
+using OTile = Panels<16, HEAD_DIM_V>; /* of a warp */
 
-constexpr int Q_BYTES = QTile::BYTES > OTile::BYTES ? QTile::BYTES : OTile::BYTES;
+/* Where there is room, O has a place after Q, on its way to memory. */
+constexpr int O_BYTES = O_PLACE ? 4 * OTile::BYTES : 0;
 
-/* Named barriers: one a warpgroup each. */
-enum { TURN = 1, Q_DONE = 4 };
+enum { TURN = 1 }; /* the first of a named barrier for each warpgroup that computes */
 
-/* Boxes of 64 columns; 64 rows of q and out, BLOCK_N of k and v, see MaskTile for mask. Heads and
- * batch entries that are broadcast, with a stride of 0, are there once. */
+/* Boxes of 64 columns; 64 rows of q, BLOCK_N of k and v, see MaskTile for mask. Heads and batch
+ * entries that are broadcast, with a stride of 0, are there once. */
 struct Maps {
-    tensor_map q, k, v, out, mask;
+    tensor_map q, k, v, mask;
 };
 
 /* --- who does what: all warps go through the same work in the same order --- */
@@ -94,8 +91,7 @@ struct Posts {
     int head[POSTS], row[POSTS], begin[POSTS], end[POSTS]; /* of struct Work */
     mbarrier full[POSTS], empty[POSTS];
 };
-/* The warps of K and V, those that compute and, if not DIRECT, the one of O. */
-constexpr int READERS = 2 + !DIRECT + 4 * CONSUMERS;
+constexpr int READERS = 2 + 4 * CONSUMERS; /* the warps of K and V and those that compute */
 
 /* The n-th piece of this block, if there is one. Read by whole warps or by single threads. */
 static __device__ __forceinline__ bool read_post(Posts &posts, unsigned n, bool whole_warp,
@@ -115,12 +111,11 @@ static __device__ __forceinline__ bool read_post(Posts &posts, unsigned n, bool 
 
 /* All of shared memory. */
 struct Shared {
-    unsigned char Q[CONSUMERS][Q_BUFFERS][Q_BYTES];
+    unsigned char Q[CONSUMERS][QTile::BYTES + O_BYTES];
     unsigned char K[STAGES][KTile::BYTES];
     unsigned char V[STAGES][VTile::BYTES];
     unsigned char mask[STAGES][MaskTile::BYTES]; /* comes and goes with K */
-    mbarrier Q_full[CONSUMERS][Q_BUFFERS], Q_empty[CONSUMERS][Q_BUFFERS];
-    mbarrier O_full[CONSUMERS][Q_BUFFERS]; /* if not DIRECT */
+    mbarrier Q_full[CONSUMERS][1], Q_empty[CONSUMERS][1];
     mbarrier K_full[STAGES], K_empty[STAGES];
     mbarrier V_full[STAGES], V_empty[STAGES];
     Posts posts;
@@ -148,8 +143,7 @@ static __device__ __forceinline__ void bring_Q(const fa_kernel_params &p, const 
         const int h = p.q.stride_head ? work.h(p) : 0, b = p.q.stride_batch ? work.b(p) : 0;
         for (int w = 0; w < CONSUMERS; w++) {
             wait_empty(shared.Q_empty[w], n);
-            QTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.load(
-                map, &shared.Q_full[w][n % Q_BUFFERS], work.row + 64 * w, h, b);
+            QTile{shared_address(shared.Q[w])}.load(map, shared.Q_full[w], work.row + 64 * w, h, b);
         }
     }
 }
@@ -172,20 +166,6 @@ bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const ten
             bring_also(work, tile * BLOCK_N, n % STAGES);
         }
     }
-}
-
-static __device__ __forceinline__ void take_O(const fa_kernel_params &p, const tensor_map *map,
-                                              Shared &shared) {
-    Work work;
-    for (unsigned n = 0; read_post(shared.posts, n, false, work); n++)
-        for (int w = 0; w < CONSUMERS; w++) {
-            wait_full(shared.O_full[w], n);
-            OTile{shared_address(shared.Q[w][n % Q_BUFFERS])}.store(map, work.row + 64 * w,
-                                                                    work.h(p), work.b(p));
-            tma_store_commit();
-            tma_store_wait_read();
-            mbarrier_arrive(&shared.Q_empty[w][n % Q_BUFFERS]);
-        }
 }
 
 /* --- a warpgroup that computes --- */
@@ -470,20 +450,41 @@ static __device__ __forceinline__ void finish_rows(const fa_kernel_params &p, co
     }
 }
 
-/* O times f to shared memory. */
-static __device__ __forceinline__ void store_output(const Output &O, const float (&f)[2], OTile out,
-                                                    int first_row) {
-    const int lane = lane_anew();
+/* O times f to global memory, through the warp's place for it, so that whole lines leave: a store
+ * takes the load unit a cycle for each line that it touches. */
+static __device__ __forceinline__ void write_lines(const fa_kernel_params &p, const Output &O,
+                                                   const float (&f)[2], const Work &work,
+                                                   int warp_row, OTile place) {
+    const int lane = lane_anew(), row = lane / 8, col = lane % 8 * 8;
+    elem *out = (elem *)p.out.data + work.b(p) * p.out.stride_batch +
+                work.h(p) * p.out.stride_head + (warp_row + row) * p.out.stride_row + col;
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2)
-        stmatrix_x4(out.chunk(first_row + lane % 16, 8 * n + lane / 16 * 8),
+        stmatrix_x4(place.chunk(lane % 16, 8 * n + lane / 16 * 8),
                     pack(O[n][0] * f[0], O[n][1] * f[0]), pack(O[n][2] * f[1], O[n][3] * f[1]),
                     pack(O[n + 1][0] * f[0], O[n + 1][1] * f[0]),
                     pack(O[n + 1][2] * f[1], O[n + 1][3] * f[1]));
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n += 8)
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+            unsigned eight[4];
+            load_shared_4(eight, place.chunk(row + i, 8 * n + col));
+            const int cols = warp_row + row + i < p.seq_q ? HEAD_DIM_V - 8 * n - col : 0;
+            elem *to = out + i * p.out.stride_row + 8 * n;
+            if (cols >= 8)
+                store_global_4(to, eight);
+            else if (HEAD_DIM_V % 8)
+#pragma unroll
+                for (int x = 0; x < HEAD_DIM_V % 8; x++)
+                    if (x < cols)
+                        to[x] = (elem)(eight[x / 2] >> x % 2 * 16);
+        }
 }
 
-/* O times f to global memory. Of every 16 columns a thread has two and two, eight apart; after an
- * exchange with its neighbour it has four in a row. */
+/* Likewise, if there is no such place. Of every 16 columns a thread has two and two, eight apart;
+ * after an exchange with its neighbour it has four in a row. */
 static __device__ __forceinline__ void write_output(const fa_kernel_params &p, const Output &O,
                                                     const float (&f)[2], const Work &work,
                                                     int warp_row) {
@@ -542,7 +543,7 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             own.end = own.begin;
         else if (FA_WINDOW)
             own = visible_tiles(p, row, 64);
-        const QTile Q{shared_address(shared.Q[w][pieces % Q_BUFFERS])};
+        const QTile Q{shared_address(shared.Q[w])};
         const Dropout dropout(p, work.b(p), work.h(p));
         const long long mask_start = mask_row(p.mask, work.b(p), work.h(p), 0);
 
@@ -596,22 +597,19 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             }
             wait_full(shared.V_full, n - 1);
             multiply_values(O, P, V(n - 1));
+            release(shared.Q_empty[w]);
             wgmma_wait<0>();
             pin(O);
             release(&shared.V_empty[(n - 1) % STAGES]);
-        }
-        if (DIRECT)
-            release(&shared.Q_empty[w][pieces % Q_BUFFERS]);
+        } else
+            release(shared.Q_empty[w]);
         float f[2];
         finish_rows(p, rows, work.head, warp_row, f);
-        if (DIRECT)
+        if (O_PLACE)
+            write_lines(p, O, f, work, warp_row,
+                        {Q.address + QTile::BYTES + warp_in_group * OTile::BYTES});
+        else
             write_output(p, O, f, work, warp_row);
-        else {
-            barrier_sync(Q_DONE + w, 128); /* by all of the warpgroup: O takes its place */
-            store_output(O, f, OTile{Q.address}, 16 * warp_in_group);
-            fence_proxy_async();
-            release(&shared.O_full[w][pieces % Q_BUFFERS]);
-        }
         for (int tile = own.begin; tile > work.tiles.begin; tile--)
             pass_by();
     }
@@ -629,12 +627,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         tma_prefetch_map(&maps.v);
     }
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Q_BUFFERS; i++)
-            for (int w = 0; w < CONSUMERS; w++) {
-                mbarrier_init(&shared.Q_full[w][i], 1);
-                mbarrier_init(&shared.Q_empty[w][i], DIRECT ? 4 : 1);
-                mbarrier_init(&shared.O_full[w][i], 4);
-            }
+        for (int w = 0; w < CONSUMERS; w++) {
+            mbarrier_init(shared.Q_full[w], 1);
+            mbarrier_init(shared.Q_empty[w], 4);
+        }
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.K_full[i], FA_MASK_TILES ? 2 : 1);
             mbarrier_init(&shared.V_full[i], 1);
@@ -668,8 +664,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else if (warp == 2)
             bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty,
                                shared.posts, [](const Work &, int, int) {});
-        else if (!DIRECT)
-            take_O(p, &maps.out, shared);
     } else {
         if (CONSUMERS > 1)
             registers_increase<CONSUMER_REGISTERS>();
