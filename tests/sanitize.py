@@ -66,8 +66,9 @@ WITH_TILES_OF_MASKS = [
         itertools.product(MASKS, (64, 128, 256)), itertools.cycle((torch.float16, torch.bfloat16))
     )
 ]
-# Tiles that only long calls take.
+# Tiles that only long calls take, and the map of a mask.
 LONG = [(torch.bfloat16, "", head_dim, (1600, 200), contiguous) for head_dim in (64, 96, 128)]
+LONG += [(torch.bfloat16, "bool_mask", 64, (200, 1104), contiguous)]
 CASES = MIXED + WITH_TILES_OF_MASKS + LONG
 
 

@@ -85,6 +85,37 @@ def test_forward_of_hopper(features, sizes, seed):
     assert max_abs(ours.double() - truth) <= allowed
 
 
+# Broadcast in every way; rows that the copy engine brings, and rows that it cannot; more tiles than
+# a word of the map has bits.
+@pytest.mark.parametrize(
+    "mask_shape,seq_k,head_dim,causal",
+    [
+        ((2, 3, 300, 1104), 1104, 64, False),
+        ((2, 1, 300, 1101), 1101, 128, False),
+        ((300, 1104), 1104, 64, True),
+        ((2, 1, 1, 1104), 1104, 256, False),
+        ((1, 3, 300, 1), 1104, 64, False),
+        ((300, 2304), 2304, 256, True),
+    ],
+)
+def test_tiles_that_a_bool_mask_empties_are_skipped(mask_shape, seq_k, head_dim, causal, seed):
+    """Their keys and values are never looked at: they are NaN."""
+    q, k, v = (torch.randn(2, 3, n, head_dim).bfloat16() for n in (300, seq_k, seq_k))
+    mask = torch.rand(mask_shape) < 0.5
+    mask[..., 256:960] = False
+    if mask.size(-2) > 1:
+        mask[..., 128:256, :640] = False  # tiles of some queries, for which values are not NaN
+    options = {"scale": head_dim**-0.5, "window": (-1, 0) if causal else (-1, -1)}
+    options["diagonal_offset"] = seq_k - 300
+    truth = naive_attention(*(x.double() for x in (q, k, v)), mask, **options)
+    standard = naive_attention(q, k, v, mask, **options)
+    if mask.size(-1) > 1:
+        k[:, :, 256:896], v[:, :, 256:896] = torch.nan, torch.nan
+    ours = emulated(90, seed=seed)(q, k, v, mask, **options)
+    allowed = max_abs(standard.double() - truth) + EPS[torch.bfloat16] * max_abs(truth)
+    assert max_abs(ours.double() - truth) <= allowed
+
+
 # Likewise of forward_f32_sm90.cu: one panel and two, of K and of V; warpgroups that see fewer tiles
 # than their block, at either end, or none; panels that are not full; rows that are not aligned.
 @on_calls(

@@ -184,8 +184,12 @@ static void persistent_on_hopper(void) {
     CHECK(call_forward(p) == FA_OK && fake_cuda.tensor_maps == 13);
     p.mask.stride_row = 101;
     CHECK(call_forward(p) == FA_OK && fake_cuda.tensor_maps == 16);
+    p.mask.dtype = FA_BOOL, p.seq_k = 1024; /* and a map of its tiles */
+    const int launches = fake_cuda.launches;
+    CHECK(call_forward(p) == FA_OK && fake_cuda.launches == launches + 2);
+    const int tensor_maps = fake_cuda.tensor_maps;
     p.q.stride_row = 65; /* not a multiple of 16 bytes: the kernel for all devices */
-    CHECK(call_forward(p) == FA_OK && fake_cuda.tensor_maps == 16);
+    CHECK(call_forward(p) == FA_OK && fake_cuda.tensor_maps == tensor_maps);
     fake_cuda.arch = 80;
 }
 

@@ -56,6 +56,7 @@ enum fa_cuda_kernel {
     FA_CUDA_BACKWARD_DQ,
     FA_CUDA_BACKWARD_MASK,
     FA_CUDA_FORWARD_SM90,
+    FA_CUDA_MASK_MAP_SM90,
     FA_CUDA_FORWARD_F32_SM90,
     FA_CUDA_BACKWARD_SM90,
     FA_CUDA_BACKWARD_WIDE_SM90,
@@ -142,6 +143,11 @@ enum fa_status fa_cuda_encode_maps(const struct fa_params *p, const struct fa_cu
 
 /* Of the workspace of a forward, for fa_kernel_params.counter. */
 size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch);
+
+/* Likewise, after it, for fa_kernel_params.mask_map; 0: the call has none. */
+size_t fa_cuda_mask_map_bytes(const struct fa_params *p, int arch);
+/* The step that makes it, before the forward. */
+struct fa_cuda_step fa_cuda_mask_map(const struct fa_params *p, const struct fa_cuda_step *forward);
 
 /* --- forward_f32_sm90.c: likewise, of float32 --- */
 

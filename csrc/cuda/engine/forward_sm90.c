@@ -96,6 +96,43 @@ size_t fa_cuda_counter_bytes(const struct fa_params *p, int arch) {
                : 0;
 }
 
+/* Where each tile of a mask is. */
+struct mask_blocks {
+    int64_t heads, blocks, words;
+};
+static struct mask_blocks mask_blocks(const struct fa_params *p, int block_m, int block_n) {
+    return (struct mask_blocks){
+        .heads = (p->mask.stride_batch ? p->batch : 1) * (p->mask.stride_head ? p->heads_q : 1),
+        .blocks = p->mask.stride_row ? div_up(p->seq_q, block_m) : 1,
+        .words = div_up(p->seq_k, 32 * block_n),
+    };
+}
+
+size_t fa_cuda_mask_map_bytes(const struct fa_params *p, int arch) {
+    enum { FEW_KEYS = 1024, MIN_BLOCK_M = 128, MIN_BLOCK_N = 64 }; /* of tiles for masks */
+    if (!p->mask.data || p->mask.dtype != FA_BOOL || p->seq_k < FEW_KEYS ||
+        fa_cuda_not_forward_sm90(p, arch))
+        return 0;
+    const struct mask_blocks m = mask_blocks(p, MIN_BLOCK_M, MIN_BLOCK_N);
+    return (size_t)(m.heads * m.blocks * m.words) * sizeof(unsigned);
+}
+
+struct fa_cuda_step fa_cuda_mask_map(const struct fa_params *p,
+                                     const struct fa_cuda_step *forward) {
+    enum { THREADS = 1024 };
+    const struct fa_cuda_variant *v = &forward->variant;
+    const struct mask_blocks m = mask_blocks(p, v->block_m, v->block_n);
+    return (struct fa_cuda_step){
+        .variant = {.kernel = FA_CUDA_MASK_MAP_SM90,
+                    .mask = v->mask,
+                    .block_m = v->block_m,
+                    .block_n = v->block_n,
+                    .threads = THREADS,
+                    .arch = v->arch},
+        .blocks = (int)(m.heads * m.blocks * m.words),
+    };
+}
+
 void fa_cuda_forward_sm90(const struct fa_params *p, struct fa_cuda_step *step) {
     struct fa_cuda_variant *v = &step->variant;
     v->kernel = FA_CUDA_FORWARD_SM90;

@@ -124,6 +124,9 @@ static enum fa_status launch(const struct fa_params *p, const struct fa_cuda_ste
         case FA_CUDA_FORWARD_SM90:
             status = launch_forward_sm90(p, s, function, blocks, sm_count, k);
             break;
+        case FA_CUDA_MASK_MAP_SM90:
+            status = launch_kernel(p, s, function, s->blocks, k, NULL);
+            break;
         case FA_CUDA_BACKWARD_SM90:
         case FA_CUDA_BACKWARD_WIDE_SM90:
             status = launch_backward_sm90(p, s, function, blocks, k);
@@ -157,13 +160,16 @@ size_t fa_cuda_forward_workspace(const struct fa_params *p) {
     int arch;
     if (fa_cuda_arch(p->device, &arch))
         return 0; /* as the forward will tell */
-    return fa_cuda_counter_bytes(p, arch);
+    return fa_cuda_counter_bytes(p, arch) + fa_cuda_mask_map_bytes(p, arch);
 }
 
 enum fa_status fa_cuda_forward(const struct fa_params *p) {
     if (p->workspace_bytes < fa_cuda_forward_workspace(p))
         return fa_cuda_fail(FA_INVALID, "workspace_bytes: too small");
     struct fa_kernel_params k = describe(p);
+    int arch;
+    if (!fa_cuda_arch(p->device, &arch) && fa_cuda_mask_map_bytes(p, arch))
+        k.mask_map = (unsigned *)((char *)p->workspace + fa_cuda_counter_bytes(p, arch));
     return run(p, &k);
 }
 

@@ -19,6 +19,7 @@ static const struct {
     [FA_CUDA_BACKWARD_DQ] = {"backward_dq_sm80.cu", "fa_backward_dq"},
     [FA_CUDA_BACKWARD_MASK] = {"backward_mask_sm80.cu", "fa_backward_mask"},
     [FA_CUDA_FORWARD_SM90] = {"forward_sm90.cu", "fa_forward_sm90"},
+    [FA_CUDA_MASK_MAP_SM90] = {"mask_map_sm90.cu", "fa_mask_map_sm90"},
     [FA_CUDA_FORWARD_F32_SM90] = {"forward_f32_sm90.cu", "fa_forward_f32_sm90"},
     [FA_CUDA_BACKWARD_SM90] = {"backward_sm90.cu", "fa_backward_sm90"},
     [FA_CUDA_BACKWARD_WIDE_SM90] = {"backward_wide_sm90.cu", "fa_backward_wide_sm90"},
@@ -408,9 +409,11 @@ int fa_cuda_plan(const struct fa_params *p, int arch, int sm_count,
                  struct fa_cuda_step steps[FA_CUDA_MAX_STEPS]) {
     int count = 0;
     if (!is_backward(p)) {
-        struct fa_cuda_step *forward = &steps[count++];
-        *forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
-        try_sm90(p, arch, forward);
+        struct fa_cuda_step forward = step(FA_CUDA_FORWARD, p, arch, sm_count);
+        try_sm90(p, arch, &forward);
+        if (!forward.not_sm90 && fa_cuda_mask_map_bytes(p, arch))
+            steps[count++] = fa_cuda_mask_map(p, &forward);
+        steps[count++] = forward;
         return count;
     }
     steps[count++] = step(FA_CUDA_PREPARE, p, arch, sm_count);

@@ -15,6 +15,7 @@
 #include "accumulators.cuh"
 #include "block_order.cuh"
 #include "dispenser.cuh"
+#include "mask_map.cuh"
 #include "mask_tile.cuh"
 #include "panels.cuh"
 #include "ptx/copy.cuh"
@@ -75,13 +76,18 @@ struct Work {
 
     __device__ __forceinline__ int b(const fa_kernel_params &p) const { return head / p.heads_q; }
     __device__ __forceinline__ int h(const fa_kernel_params &p) const { return head % p.heads_q; }
+    __device__ __forceinline__ const unsigned *mask_map(const fa_kernel_params &p) const {
+        return FA_MASK == 1 ? MaskMap::of(p, b(p), h(p), row / BLOCK_M) : nullptr;
+    }
 };
 
 static __device__ __forceinline__ Work work_of(const fa_kernel_params &p, int piece) {
     /* Under a causal mask the last queries have the most keys. */
     const OrderedBlock block = ordered_block(p, p.heads_q, piece);
     const int row = (p.blocks - 1 - block.index) * BLOCK_M;
-    return {(int)block.head, row, visible_tiles(p, row, BLOCK_M)};
+    Work work{(int)block.head, row, visible_tiles(p, row, BLOCK_M)};
+    work.tiles.end = TilesDown(work.mask_map(p)).from(work.tiles.end - 1) + 1;
+    return work;
 }
 
 /* What one thread posts for all warps of the block: the pieces to work on. */
@@ -115,6 +121,7 @@ struct Shared {
     unsigned char K[STAGES][KTile::BYTES];
     unsigned char V[STAGES][VTile::BYTES];
     unsigned char mask[STAGES][MaskTile::BYTES]; /* comes and goes with K */
+    int next_tile[STAGES];                       /* likewise, with a bool mask */
     mbarrier Q_full[CONSUMERS][1], Q_empty[CONSUMERS][1];
     mbarrier K_full[STAGES], K_empty[STAGES];
     mbarrier V_full[STAGES], V_empty[STAGES];
@@ -153,17 +160,19 @@ template <class Tile, class Also, int BYTES>
 static __device__ __forceinline__ void
 bring_tiles(const fa_kernel_params &p, const fa_kernel_tensor &tensor, const tensor_map *map,
             unsigned char (&buffers)[STAGES][BYTES], mbarrier (&full)[STAGES],
-            mbarrier (&empty)[STAGES], Posts &posts, const Also &bring_also) {
+            mbarrier (&empty)[STAGES], Posts &posts, const Also &bring_before) {
     Work work;
     unsigned n = 0; /* tiles so far */
     for (unsigned pieces = 0; read_post(posts, pieces, false, work); pieces++) {
         const int h = tensor.stride_head ? work.h(p) / (p.heads_q / p.heads_k) : 0;
         const int b = tensor.stride_batch ? work.b(p) : 0;
-        for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; tile--, n++) {
+        TilesDown down(work.mask_map(p));
+        for (int tile = work.tiles.end - 1; tile >= work.tiles.begin; n++) {
+            const int key = tile * BLOCK_N;
+            tile = down.from(tile - 1);
             wait_empty(empty, n);
-            Tile{shared_address(buffers[n % STAGES])}.load(map, &full[n % STAGES], tile * BLOCK_N,
-                                                           h, b);
-            bring_also(work, tile * BLOCK_N, n % STAGES);
+            bring_before(work, key, n % STAGES, tile);
+            Tile{shared_address(buffers[n % STAGES])}.load(map, &full[n % STAGES], key, h, b);
         }
     }
 }
@@ -523,10 +532,15 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
     const auto V = [&](unsigned n) { return VTile{shared_address(shared.V[n % STAGES])}; };
     const auto mask = [&](unsigned n) { return MaskTile{shared_address(shared.mask[n % STAGES])}; };
     unsigned n = 0; /* tiles so far */
-    const auto pass_by = [&] {
+    /* The tile after this one, once K is there. */
+    const auto after = [&](int tile) {
+        return FA_MASK == 1 ? uniform(shared.next_tile[n % STAGES]) : tile - 1;
+    };
+    const auto pass_by = [&](int &tile) {
         begin_turn(w);
         end_turn(w);
         wait_full(shared.K_full, n);
+        tile = after(tile);
         release(&shared.K_empty[n % STAGES]);
         wait_full(shared.V_full, n);
         release(&shared.V_empty[n % STAGES]);
@@ -553,12 +567,13 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
         Rows rows;
         set_to_zero(O);
 
-        for (int tile = work.tiles.end; tile > own.end; tile--)
-            pass_by();
+        int tile = work.tiles.end - 1;
+        while (tile >= own.end)
+            pass_by(tile);
         wait_full(shared.Q_full[w], pieces);
-        if (own.begin < own.end) {
-            int tile = own.end - 1;
+        if (tile >= own.begin) {
             wait_full(shared.K_full, n);
+            int next = after(tile);
             begin_turn(w);
             multiply_scores(S, Q, K(n));
             end_turn(w);
@@ -571,8 +586,9 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
             round_probabilities(P, S);
             n++;
 
-            for (tile--; tile >= own.begin; tile--, n++) {
+            for (tile = next; tile >= own.begin; tile = next, n++) {
                 wait_full(shared.K_full, n);
+                next = after(tile);
                 begin_turn(w);
                 multiply_scores(S, Q, K(n));
                 wait_full(shared.V_full, n - 1);
@@ -610,8 +626,8 @@ static __device__ __forceinline__ void compute(const fa_kernel_params &p, Shared
                         {Q.address + QTile::BYTES + warp_in_group * OTile::BYTES});
         else
             write_output(p, O, f, work, warp_row);
-        for (int tile = own.begin; tile > work.tiles.begin; tile--)
-            pass_by();
+        while (FA_WINDOW && tile >= work.tiles.begin)
+            pass_by(tile);
     }
     if (w == 0) /* takes the turn that nobody wants */
         begin_turn(w);
@@ -654,7 +670,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             bring_Q(p, &maps.q, shared);
         else if (warp == 1)
             bring_tiles<KTile>(p, p.k, &maps.k, shared.K, shared.K_full, shared.K_empty,
-                               shared.posts, [&](const Work &work, int key, int stage) {
+                               shared.posts,
+                               [&](const Work &work, int key, int stage, int next_tile) {
+                                   if (FA_MASK == 1)
+                                       shared.next_tile[stage] = next_tile;
                                    if (FA_MASK_TILES)
                                        MaskTile{shared_address(shared.mask[stage])}.load(
                                            &maps.mask, &shared.K_full[stage], work.row, key,
@@ -663,7 +682,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                });
         else if (warp == 2)
             bring_tiles<VTile>(p, p.v, &maps.v, shared.V, shared.V_full, shared.V_empty,
-                               shared.posts, [](const Work &, int, int) {});
+                               shared.posts, [](const Work &, int, int, int) {});
     } else {
         if (CONSUMERS > 1)
             registers_increase<CONSUMER_REGISTERS>();

@@ -41,6 +41,7 @@ struct fa_kernel_params {
     /* Query i sees the keys i + window_begin <= j < i + window_end. */
     int window_begin, window_end;
     struct fa_kernel_mask mask; /* broadcast to [B, Hq, Sq, Sk] */
+    unsigned int *mask_map;     /* of mask_map.cuh; NULL: no tile is known to be empty */
 
     const unsigned long long *rng_state; /* {seed, offset} */
     unsigned int dropout_threshold;      /* see dropout.h */

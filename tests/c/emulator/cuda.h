@@ -114,6 +114,9 @@ static inline int __any_sync(unsigned, int predicate) {
 static inline int __all_sync(unsigned, int predicate) {
     return emu_ballot(!predicate) == 0;
 }
+static inline int __clz(unsigned x) {
+    return x ? __builtin_clz(x) : 32;
+}
 static inline void __syncwarp(unsigned = ~0u) {
     emu_sync_warp();
 }
