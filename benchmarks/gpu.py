@@ -76,7 +76,7 @@ def cells():
                 "feature": "dropout",
                 "causal": causal,
                 "dropout_p": 0.1,
-                "peers": ("flash", "efficient"),
+                "peers": ("flash", "cudnn", "efficient"),
             }
         )
     for d, causal, n in itertools.product((64, 128), (False, True), (1024, 4096)):
