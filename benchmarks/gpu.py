@@ -12,6 +12,7 @@ its cells in the result file and leaves the others, each with the commit that it
 
 import argparse
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -283,17 +284,20 @@ def main() -> None:
         and ("causal" if cell["causal"] else "full") in options.mask
         and any(direction in options.directions for direction in (*cell["directions"], "both"))
     ]
-    if "speed" in options.parts:
-        for cell in tqdm(chosen, unit="cell"):
-            cell["batch"] = max(1, cell["batch"] // options.shrink)
-            with kernels_of(cell):
-                result = measure(cell, options)
-            for direction in (d for d in DIRECTIONS if d in result):
-                tqdm.write(line(result, direction))
-            record["cells"].append(result | stamp)
-    if "host" in options.parts:
-        record["host_us"] = [result | stamp for result in host(options)]
-    save("gpu", merge("gpu", record, options.out, measured=set(DIRECTIONS)), options.out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:  # who ends a run keeps what it has measured
+        if "speed" in options.parts:
+            for cell in tqdm(chosen, unit="cell"):
+                cell["batch"] = max(1, cell["batch"] // options.shrink)
+                with kernels_of(cell):
+                    result = measure(cell, options)
+                for direction in (d for d in DIRECTIONS if d in result):
+                    tqdm.write(line(result, direction))
+                record["cells"].append(result | stamp)
+        if "host" in options.parts:
+            record["host_us"] = [result | stamp for result in host(options)]
+    finally:
+        save("gpu", merge("gpu", record, options.out, measured=set(DIRECTIONS)), options.out)
 
 
 def line(result: dict, direction: str) -> str:

@@ -4,6 +4,7 @@ the threads of a block may run. What the emulator itself finds, it is shown at t
 On a GPU tests/test_accuracy.py and others say the same of the kernels as they are."""
 
 import ctypes
+import itertools
 
 import pytest
 import sanitize
@@ -237,11 +238,19 @@ def test_tf32_where_it_is_allowed(arch, deterministic, seed):
 
 
 def test_every_kernel_was_run():
-    for arch in (80, 90):
-        for deterministic in (False, True):
-            case = make_case("head_bias", dtype=torch.float16, batch=1, heads=2)
-            attention = case.bind(emulated(arch, deterministic=deterministic))
-            forward_backward(attention, case.inputs, torch.randn_like(case.q))
+    cases = [
+        (make_case(features, **{"dtype": torch.float16, "batch": 1, "heads": 2} | sizes), options)
+        for features, sizes, options in (
+            ("head_bias", {}, {}),
+            ("head_bias", {}, {"deterministic": True}),
+            ("", {"dtype": torch.float32}, {}),
+            ("", {"head_dim": 256}, {}),
+            ("bool_mask", {"seq_k": 1100}, {}),
+        )
+    ]
+    for arch, (case, options) in itertools.product((80, 90), cases):
+        attention = case.bind(emulated(arch, **options))
+        forward_backward(attention, case.inputs, torch.randn_like(case.q))
     missing = sanitize.all_kernels() - set(library().emu_loaded().decode().split())
     assert not missing, f"never run: {missing}"
 
