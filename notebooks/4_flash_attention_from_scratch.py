@@ -562,7 +562,7 @@ c_backward = quote.function("cpu/backward.inl", "backward_tile")
 quote.show(c_backward)
 
 # %% [markdown]
-# and its heart, $P = e^{S - \mathrm{lse}}$ and $dS = P\,(dP - \delta)$:
+# and the heart of its `softmax_backward`, $P = e^{S - \mathrm{lse}}$ and $dS = P\,(dP - \delta)$:
 
 # %%
 quote.show(quote.function("cpu/backward.inl", "probabilities_and_dS"))
@@ -578,8 +578,8 @@ quote.show(cuda_backward, "cpp")
 side_by_side(
     [
         ("$S = Q K^T$ and $dP = dO V^T$", "gemm", "multiply_rows"),
-        ("$P = e^{S - lse}$", "probabilities_and_dS", "exponentiate"),
-        ("$dS = P (dP - \\delta)$", "probabilities_and_dS", "differentiate"),
+        ("$P = e^{S - lse}$", "softmax_backward", "exponentiate"),
+        ("$dS = P (dP - \\delta)$", "softmax_backward", "differentiate"),
         ("$dV$ += $P^T dO$", "gemm(tile->dV", "dV"),
         ("$dK$ += $dS^T Q$", "gemm(tile->dK", "dK"),
         ("$dQ$ += $dS K$", "gemm(dQ", "add_dq"),
