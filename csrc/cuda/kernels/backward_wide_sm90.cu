@@ -15,6 +15,7 @@
  * takes its part of dQ two tiles late, the second one tile late, so that no one waits for another.
  *
  * Compiled with the macros of backward_sm90.cu, but STAGES counts pieces of dO, see OPiece. */
+#define CLUSTER 2 /* blocks; before the headers, which ask for it */
 #include "backward_sm90.cuh"
 #include "ptx/cluster.cuh"
 
@@ -24,7 +25,6 @@ static_assert(DEPTH > 64 && DEPTH <= 256 && DEPTH_V <= 256, "four panels at most
 /* Registers of a thread that moves data and of one that computes; at first all have the same. */
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
-constexpr int CLUSTER = 2; /* blocks */
 constexpr int DS_BUFFERS = 2;
 
 /* Columns of dO that come and go together: there is no room for all of the next tile. */
