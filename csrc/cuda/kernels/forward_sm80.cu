@@ -140,8 +140,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 256 / THREADS)
     /* Under a causal mask the last queries have the most keys. */
     const OrderedBlock block = ordered_block(p, p.heads_q, blockIdx.x);
     const int h = block.head % p.heads_q, b = block.head / p.heads_q;
-    const int hk = /* divisions take time, and with signs more registers */
-        p.heads_q == p.heads_k ? h : (unsigned)h / ((unsigned)p.heads_q / p.heads_k);
+    /* A division takes time, with signs more registers; for float32 a comparison, too. */
+    const int hk = !FA_DTYPE_FP32 && p.heads_q == p.heads_k
+                       ? h
+                       : (unsigned)h / ((unsigned)p.heads_q / p.heads_k);
     const int first_query = (p.blocks - 1 - block.index) * BLOCK_M,
               warp_row = warp * 16 * WARP_TILES;
 
